@@ -1,0 +1,30 @@
+# Everything starts from here: each target sets up what it needs, in a fresh clone too.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check clean
+
+demo: $(READY)
+	$(BIN)/batchnorm compare --out runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cd web && npm run --silent check
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build
+
+# Python changes are seen at once (editable install); a change of the build or of web/ installs again.
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(shell find web -path web/node_modules -prune -o -type f -print)
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch numpy scikit-build-core cmake ninja
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[all]' --group test --group check
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs web/node_modules docs/_build
