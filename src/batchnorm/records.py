@@ -19,9 +19,10 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, Self
 
 __all__ = [
     "FORMAT",
@@ -45,7 +46,8 @@ class RecordError(Exception):
     """A run folder or one of its files is not what it should be; the message says what to do."""
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Record:
     """One measurement."""
 
     step: int
@@ -173,6 +175,13 @@ class Cell:
     manifest: dict[str, Any]
     records: tuple[Record, ...]
 
+    @cached_property
+    def _series(self) -> dict[tuple[str, str, int], dict[int, float]]:
+        table: dict[tuple[str, str, int], dict[int, float]] = {}
+        for r in self.records:
+            table.setdefault((r.quantity, r.layer, r.index), {})[r.step] = r.value
+        return table
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the cell's hash is made of."""
@@ -186,12 +195,8 @@ class Cell:
         return layers
 
     def series(self, quantity: str, layer: str = "", index: int = 0) -> dict[int, float]:
-        """Values of one quantity by step."""
-        return {
-            r.step: r.value
-            for r in self.records
-            if r.quantity == quantity and r.layer == layer and r.index == index
-        }
+        """Values of one quantity by step; empty where it was not measured."""
+        return self._series.get((quantity, layer, index), {})
 
 
 @dataclass(frozen=True)
