@@ -1,0 +1,10 @@
+"""Reads the records of a run and presents them: a page, pictures, a summary.
+
+It knows nothing of training, and needs no torch.
+"""
+
+from batchnorm.report.headline import Summary, summarize
+from batchnorm.report.html import write_html
+from batchnorm.report.png import write_png
+
+__all__ = ["Summary", "summarize", "write_html", "write_png"]

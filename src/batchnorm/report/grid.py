@@ -1,0 +1,136 @@
+"""A run seen as a grid: arms by learning rates, with the seeds of each place as one series."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.records import Cell, Run
+
+__all__ = ["Arm", "Grid", "Series", "across", "ended", "measured_layers"]
+
+Vector = NDArray[np.float64]
+
+# Colours that remain distinct to colour-blind readers, for light and for dark paper, and a dash
+# pattern for those who print in grey. The usual arms keep theirs in every report.
+_STYLES = [
+    ("#c2410c", "#ff9d66", "6 3"),
+    ("#0060a8", "#6cb8ff", ""),
+    ("#00795a", "#4fd0a8", "2 3"),
+    ("#9c3f86", "#ee9bdc", "9 3 2 3"),
+    ("#7a5c00", "#e3c04c", "12 4"),
+    ("#4a4a8f", "#a9a9f5", "4 2 1 2"),
+    ("#5b5b5b", "#bdbdbd", "1 2"),
+]
+_NAMES = {
+    "none": ("no normalization", "without normalization", 0),
+    "batch": ("batch norm", "with batch norm", 1),
+    "layer": ("layer norm", "with layer norm", 2),
+    "group": ("group norm", "with group norm", 3),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One normalization: how it is called and how it is drawn."""
+
+    name: str
+    label: str
+    phrase: str
+    light: str
+    dark: str
+    dash: str
+
+    @property
+    def network(self) -> str:
+        """The arm as the subject of a sentence."""
+        return f"the network {self.phrase}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A quantity by step: its mean over the seeds, its smallest and its largest value."""
+
+    x: Vector
+    y: Vector
+    low: Vector
+    high: Vector
+
+
+def ended(cell: Cell) -> bool:
+    """Whether the cell ran to its end; diverging is an end too."""
+    return cell.manifest["state"] in ("done", "diverged")
+
+
+def across(seeds: Sequence[Mapping[int, float]]) -> Series | None:
+    """One series over several seeds.
+
+    Values that are not finite are left out: a step at which no seed has a finite value is NaN.
+    """
+    steps = sorted(set().union(*seeds))
+    if not steps:
+        return None
+    table = np.array([[values.get(step, math.nan) for step in steps] for values in seeds])
+    table[~np.isfinite(table)] = np.nan
+    there = ~np.isnan(table).all(axis=0)
+    y, low, high = (np.full(len(steps), np.nan) for _ in range(3))
+    y[there] = np.nanmean(table[:, there], axis=0)
+    low[there] = np.nanmin(table[:, there], axis=0)
+    high[there] = np.nanmax(table[:, there], axis=0)
+    return Series(np.array(steps, dtype=float), y, low, high)
+
+
+def _arms(names: Sequence[str]) -> list[Arm]:
+    taken = {_NAMES[name][2] for name in names if name in _NAMES}
+    free = [slot for slot in range(len(_STYLES)) if slot not in taken]
+    arms: list[Arm] = []
+    for name in names:
+        others = sum(arm.name not in _NAMES for arm in arms)
+        default = free[others % len(free)] if free else others % len(_STYLES)
+        label, phrase, slot = _NAMES.get(name, (name, f"with {name}", default))
+        arms.append(Arm(name, label, phrase, *_STYLES[slot]))
+    return arms
+
+
+class Grid:
+    """The cells of a run by arm, learning rate and seed."""
+
+    def __init__(self, run: Run) -> None:
+        """Sort the cells of ``run``; those that have not started are only counted."""
+        planned = run.study["cells"]
+        self.cells = run.cells
+        self.arms = _arms(list(dict.fromkeys(str(entry["norm"]) for entry in planned)))
+        self.rates = sorted({float(entry["lr"]) for entry in planned})
+        self.seeds = sorted({int(entry["seed"]) for entry in planned})
+        self.planned = len(planned)
+        self.layers = list(dict.fromkeys(name for cell in run.cells for name in cell.layers))
+        self.steps = max((int(cell.settings["steps"]) for cell in run.cells), default=0)
+        self._at: dict[tuple[str, float], list[Cell]] = {}
+        for cell in sorted(run.cells, key=lambda cell: int(cell.settings["seed"])):
+            place = (str(cell.settings["norm"]), float(cell.settings["lr"]))
+            self._at.setdefault(place, []).append(cell)
+
+    def at(self, arm: Arm, rate: float) -> list[Cell]:
+        """The cells of one arm at one learning rate that have started, by seed."""
+        return self._at.get((arm.name, rate), [])
+
+    def series(
+        self, arm: Arm, rate: float, quantity: str, layer: str = "", index: int = 0
+    ) -> Series | None:
+        """One quantity over the seeds; ``None`` where it was not measured."""
+        return across([cell.series(quantity, layer, index) for cell in self.at(arm, rate)])
+
+    def has(self, quantity: str) -> bool:
+        """Whether any cell measured the quantity for the whole network."""
+        return any(cell.series(quantity) for cell in self.cells)
+
+
+def measured_layers(grid: Grid, quantity: str) -> list[str]:
+    """The layers for which a quantity was measured, first to last."""
+    return [
+        layer for layer in grid.layers if any(cell.series(quantity, layer) for cell in grid.cells)
+    ]
