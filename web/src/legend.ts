@@ -1,10 +1,10 @@
 import { element, svg } from "./dom";
-import type { Arm, Chart } from "./spec";
+import type { Arm, Chart, Panel } from "./spec";
 
-/** The arms that a chart shows, each with its colour, its dash and, where there is one, its band. */
-export function legend(chart: Chart, arms: Arm[]): HTMLElement {
-  const shown = new Set(chart.panels.flatMap((panel) => panel.lines.map((line) => line.arm)));
-  const lines = chart.panels.flatMap((panel) => panel.lines);
+/** The arms in these panels, each with its colour, its dash and, where there is one, its band. */
+export function legend(chart: Chart, panels: Panel[], arms: Arm[]): HTMLElement {
+  const lines = panels.flatMap((panel) => panel.lines);
+  const shown = new Set(lines.map((line) => line.arm));
   const band = lines.some((line) => line.low);
   const list = element("ul", { class: "bn-legend" });
   for (const [index, arm] of arms.entries()) {

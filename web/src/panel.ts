@@ -9,7 +9,8 @@ interface Point {
   high: Value;
 }
 
-const HEIGHT = 230;
+/** Wide panels may be taller, within what fits on a screen together. */
+const height = (width: number) => Math.round(Math.min(Math.max(width * 0.5, 200), 260));
 
 /** Log axes have no place for zero and below: a gap, while the table shows the number. */
 function drawable(value: Value | undefined, log: boolean): number {
@@ -61,11 +62,15 @@ function marks(line: Line, arm: Arm, chart: Chart, log: boolean, domain: [number
     if (chart.dots && line.low && line.high)
       made.push(Plot.ruleX(data, { x: "x", y1: "low", y2: "high", stroke: arm.color, strokeWidth: 1.5, clip: true }));
   }
-  const ends = (line.ends ?? []).map(({ x, y }) => ({
-    x,
-    y: Math.min(Math.max(y ?? domain[0], domain[0]), domain[1]),
-  }));
-  made.push(Plot.dot(ends, { x: "x", y: "y", symbol: "times", r: 5, stroke: arm.color, strokeWidth: 2.5 }));
+  const inside = (y: number) => Math.min(Math.max(y, domain[0]), domain[1]);
+  const ends = (line.ends ?? []).map(({ x, y }) => ({ x, y: inside(y ?? domain[0]), foot: y === null }));
+  for (const foot of [false, true])
+    made.push(
+      Plot.dot(
+        ends.filter((end) => end.foot === foot),
+        { x: "x", y: "y", dy: foot ? -8 : 0, symbol: "times", r: 5, stroke: arm.color, strokeWidth: 2.5 },
+      ),
+    );
   return made;
 }
 
@@ -80,6 +85,17 @@ function xTicks(chart: Chart, width: number): { ticks?: number[]; tickFormat: (v
   return { ticks: places.filter((_, i) => i % every === 0), tickFormat: String };
 }
 
+/** Few enough places on a log axis to label them all: powers of ten, or 1, 2 and 5 of each. */
+function logTicks([low, high]: [number, number]): number[] {
+  const decades = Math.log10(high / low);
+  const steps = decades >= 2.5 ? [1] : decades >= 0.8 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
+  const every = Math.ceil(decades / 6);
+  const ticks: number[] = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
+    if (power % every === 0) ticks.push(...steps.map((step) => step * 10 ** power));
+  return ticks.filter((tick) => tick >= low && tick <= high);
+}
+
 /** Draw one panel as SVG of the given width. */
 export function draw(chart: Chart, panel: Panel, arms: Arm[], width: number, description: string): SVGSVGElement {
   const log = chart.y.type === "log";
@@ -88,7 +104,7 @@ export function draw(chart: Chart, panel: Panel, arms: Arm[], width: number, des
   const zero = chart.shape !== "step" && !log && domain[0] < 0 && domain[1] > 0;
   const made = Plot.plot({
     width,
-    height: HEIGHT,
+    height: height(width),
     marginLeft: 52,
     marginRight: 14,
     marginTop: 14,
@@ -108,28 +124,33 @@ export function draw(chart: Chart, panel: Panel, arms: Arm[], width: number, des
       domain,
       label: null,
       grid: true,
-      ticks: 5,
+      ticks: log ? logTicks(domain) : 5,
       tickFormat: (value: number) => onAxis(chart.y, value),
     },
     marks: [
       Plot.axisX({ ...xTicks(chart, width - 66), tickSize: 4, labelArrow: "none", label: chart.x.label }),
       zero ? Plot.ruleY([0], { stroke: "currentColor", strokeOpacity: 0.35 }) : null,
-      (panel.rules ?? []).map((rule) => [
-        Plot.ruleY([rule.y], { stroke: "currentColor", strokeOpacity: 0.6, strokeDasharray: "2 3", clip: true }),
-        Plot.text([rule], {
-          y: "y",
-          text: "label",
-          frameAnchor: "right",
-          dy: -6,
-          textAnchor: "end",
-          fill: "currentColor",
-          fillOpacity: 0.75,
-          clip: true,
-        }),
-      ]),
+      Plot.ruleY(panel.rules ?? [], {
+        y: "y",
+        stroke: "currentColor",
+        strokeOpacity: 0.6,
+        strokeDasharray: "2 3",
+        clip: true,
+      }),
       panel.lines.map((line) => {
         const arm = arms[line.arm];
         return arm ? marks(line, arm, chart, log, domain) : null;
+      }),
+      // Last, and with a rim of paper, to be read on top of the lines.
+      Plot.text(panel.rules ?? [], {
+        y: "y",
+        text: "label",
+        frameAnchor: "right",
+        dy: -8,
+        fill: "currentColor",
+        stroke: "var(--paper, Canvas)",
+        strokeWidth: 4,
+        clip: true,
       }),
     ],
   }) as SVGSVGElement;

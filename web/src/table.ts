@@ -25,20 +25,23 @@ function table(chart: Chart, panel: Panel, arms: Arm[]): HTMLElement {
 }
 
 /** The numbers behind a chart, built when the reader opens them. */
-export function numbers(chart: Chart, arms: Arm[], panels: () => Panel[]): { node: HTMLElement; update(): void } {
+export function numbers(arms: Arm[], shown: () => [Chart, Panel[]]): { node: HTMLElement; update(): void } {
+  const name = "The numbers behind this chart";
   const scroll = element("div", {
     class: "bn-scroll",
     tabindex: "0",
     role: "region",
-    "aria-label": `Numbers behind: ${chart.title}`,
+    "aria-label": name,
   });
-  const node = element("details", { class: "bn-numbers" }, element("summary", {}, "The numbers behind this chart"), scroll);
+  const node = element("details", { class: "bn-numbers" }, element("summary", {}, name), scroll);
   const update = () => {
     if (!node.open) return;
+    const [chart, panels] = shown();
+    scroll.setAttribute("aria-label", `${name}: ${chart.title}`);
     const unit = `${chart.y.label}${chart.band ? `; in brackets or alone: ${chart.band}` : ""}`;
     scroll.replaceChildren(
       element("p", { class: "bn-muted" }, unit),
-      ...panels().map((panel) => table(chart, panel, arms)),
+      ...panels.map((panel) => table(chart, panel, arms)),
     );
   };
   node.addEventListener("toggle", update);

@@ -13,6 +13,7 @@ export class ChartView {
   private rate = 0;
   private layer = OVERVIEW;
   private width = 0;
+  private readonly key = element("div");
   private readonly grid = element("div", { class: "bn-panels" });
   private readonly finding = element("p", { class: "bn-finding" });
   private readonly live = element("p", { class: "bn-hidden", "aria-live": "polite" });
@@ -25,8 +26,8 @@ export class ChartView {
     private readonly rates: number[],
   ) {
     this.grid.style.setProperty("--columns", String(chart.columns));
-    this.table = numbers(chart, arms, () => this.shown());
-    const bar = element("div", { class: "bn-bar" }, legend(chart, arms));
+    this.table = numbers(arms, () => [this.chart, this.shown()]);
+    const bar = element("div", { class: "bn-bar" }, this.key);
     const menu = this.layerMenu();
     if (menu) bar.append(menu);
     container.replaceChildren(this.finding, bar, this.grid, this.live, this.table.node);
@@ -75,12 +76,15 @@ export class ChartView {
     const { findings } = this.chart;
     const finding = [findings[""], findings[String(this.rate)]].filter(Boolean).join(" ");
     this.finding.textContent = finding;
-    const holders = this.shown().map((panel) => ({ panel, holder: element("div", { class: "bn-panel" }) }));
+    const shown = this.shown();
+    this.key.replaceChildren(legend(this.chart, shown, this.arms));
+    const holders = shown.map((panel) => ({ panel, holder: element("div", { class: "bn-panel" }) }));
     const rate = this.rates[this.rate];
     const none = element("p", { class: "bn-muted" }, `Nothing measured at learning rate ${rate}.`);
     this.grid.replaceChildren(...(holders.length ? holders.map(({ holder }) => holder) : [none]));
     for (const { panel, holder } of holders) {
-      if (panel.title) holder.append(element("p", { class: "bn-title" }, panel.title));
+      const unit = element("span", { class: "bn-muted" }, this.chart.y.label);
+      holder.append(element("p", { class: "bn-title" }, panel.title, unit));
       const plot = draw(this.chart, panel, this.arms, holder.clientWidth, finding || this.chart.y.label);
       holder.append(plot);
       readout(holder, plot, this.chart, panel, this.arms, (text) => (this.live.textContent = text));

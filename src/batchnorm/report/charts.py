@@ -96,9 +96,11 @@ def _found(grid: Grid, find: Find) -> dict[str, str]:
     return {key: sentence for key, sentence in said.items() if sentence}
 
 
-def _overview(layers: Sequence[str], shown: Sequence[str]) -> list[str] | None:
-    """At most three layers of ``shown``: last, middle, first; ``None`` where that is all."""
-    if len(shown) > 3:
+def _overview(layers: Sequence[str], shown: Sequence[str], most: int = 3) -> list[str] | None:
+    """The last of ``shown``, or last, middle and first; ``None`` where that is all there is."""
+    if most == 1:
+        shown = shown[-1:]
+    elif len(shown) > 3:
         shown = [shown[-1], shown[len(shown) // 2], shown[0]]
     else:
         shown = list(reversed(shown))
@@ -247,13 +249,19 @@ def _against_rate(grid: Grid, summary: Summary) -> Chart:
         + ("high" if percent else "low")
         + " over a wide range forgives a badly chosen rate.",
         source=f"{P1}, Section 4.2.1; {P2}, Figure 1",
-        x=Axis("learning rate", type="log", ticks=grid.rates),
+        x=Axis("learning rate", type="log", ticks=grid.rates, domain=_around(grid.rates)),
         y=Axis(summary.measure, type="linear" if percent else "log", percent=percent),
         panels=[Panel("", lines, domain=covers)] if enough and lines else [],
         band=_SEEDS if len(grid.seeds) > 1 else "",
         dots=True,
         findings={"": findings.against_rate(summary, grid)},
     )
+
+
+def _around(rates: list[float]) -> tuple[float, float]:
+    """A log axis on which the outermost points do not sit on the frame."""
+    margin = (rates[-1] / rates[0]) ** 0.05
+    return rates[0] / margin, rates[-1] * margin
 
 
 def _by_arm(
@@ -347,7 +355,7 @@ def _moments(grid: Grid) -> Chart:
         panels=_per_rate(grid, panels),
         band="mean − to mean + one standard deviation",
         columns=len(grid.arms),
-        overview=_overview(layers, hidden),
+        overview=_overview(layers, hidden, 1),
         findings=_found(grid, lambda grid, rate: findings.spread(grid, rate, hidden[-1]))
         if layers
         else {},
@@ -409,7 +417,7 @@ def _histograms(grid: Grid) -> Chart:
         panels=_per_rate(grid, panels),
         shape="step",
         columns=columns,
-        overview=_overview(layers, _hidden(layers)),
+        overview=_overview(layers, _hidden(layers), 1),
     )
 
 
@@ -468,8 +476,8 @@ def _depth(grid: Grid) -> Chart:
 
 
 _SHIFT = (
-    "The gradient of a layer is computed twice on the same batch, before and after the layers in "
-    "front of it were updated"
+    "The gradient of a layer is computed twice on the same batch, before (G) and after (G′) the "
+    "layers in front of it were updated"
 )
 
 
@@ -479,8 +487,8 @@ def _shift_distance(grid: Grid) -> Chart:
         "shift/l2",
         id="shift-distance",
         title="Internal covariate shift: distance of the gradients",
-        how=f"{_SHIFT}: 0 means that their update made no difference to it. The first layer has "
-        "none in front of it.",
+        how=f"{_SHIFT}: 0 means that their update made no difference to it. Larger gradients are "
+        "further apart, which the angle below does not depend on.",
         source=f"{P2}, Definition 2.1 and Figure 3",
         y=Axis("‖G − G′‖₂"),
         find=lambda grid, rate: findings.shift(grid, rate, "shift/l2"),

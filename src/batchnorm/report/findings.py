@@ -12,7 +12,7 @@ import numpy as np
 
 from batchnorm.report.grid import Arm, Grid, Series, Vector, measured_layers
 from batchnorm.report.headline import Summary
-from batchnorm.report.words import count, join, number, percent, plural, span
+from batchnorm.report.words import count, join, number, percent, plural, ratio, span
 
 __all__ = [
     "against_rate",
@@ -53,8 +53,8 @@ def _relation(values: list[float], than: list[Arm], what: str) -> str:
     if min(values) >= 0.9 * max(values):
         return f" {what} is about the same in both."
     larger, smaller = (first, second) if one > two else (second, first)
-    ratio = f" ({number(max(values) / min(values), 2)}×)" if min(values) else ""
-    return f" {what} is larger {larger.phrase} than {smaller.phrase}{ratio}."
+    by = f" ({ratio(max(values) / min(values))}×)" if min(values) else ""
+    return f" {what} is larger {larger.phrase} than {smaller.phrase}{by}."
 
 
 def diverged(grid: Grid, rate: float) -> str:
@@ -100,12 +100,12 @@ def percentiles(grid: Grid, rate: float, layer: str) -> str:
         low = _ends(grid.series(arm, rate, "activation/p15", layer))
         high = _ends(grid.series(arm, rate, "activation/p85", layer))
         if middle and low and high and len(moved := _finite(middle.y)):
-            wandered = span(number(moved.min(), 2), number(moved.max(), 2))
-            end = f"{number(low[1], 2)} to {number(high[1], 2)}"
+            wandered = f"between {number(moved.min(), 2)} and {number(moved.max(), 2)}"
+            end = f"from {number(low[1], 2)} to {number(high[1], 2)}"
             parts.append(
-                f"{arm.phrase} the median moved within {wandered} and the band ended at {end}"
+                f"{arm.phrase} the median moved {wandered}, and the band ended reaching {end}"
             )
-    return _joined(parts, f"In {layer}, ")
+    return f"In {layer}, {'; '.join(parts)}." if parts else ""
 
 
 def spread(grid: Grid, rate: float, layer: str) -> str:
@@ -169,7 +169,7 @@ def _median_of(
 def loss_variation(grid: Grid, rate: float) -> str:
     """The median over steps of largest loss / smallest loss."""
 
-    def ratio(arm: Arm) -> Vector | None:
+    def variation(arm: Arm) -> Vector | None:
         low = grid.series(arm, rate, "landscape/loss_low")
         high = grid.series(arm, rate, "landscape/loss_high")
         if low is None or high is None:
@@ -177,7 +177,7 @@ def loss_variation(grid: Grid, rate: float) -> str:
         positive = low.y > 0
         return np.divide(high.y, low.y, out=np.full_like(low.y, np.nan), where=positive)
 
-    values, arms = _median_of(grid, rate, ratio)
+    values, arms = _median_of(grid, rate, variation)
     parts = [f"{number(value)} {arm.phrase}" for value, arm in zip(values, arms, strict=True)]
     said = _joined(parts, "Largest loss divided by smallest, median over the steps: ")
     return said + _relation([v - 1 for v in values], arms, "The variation")

@@ -107,6 +107,14 @@ class Summary:
         places = (one for one in self.races if (one.arm, one.other, one.lr) == (arm, other, lr))
         return next(places, None)
 
+    def shown_stable(self, arm: str) -> str:
+        """The largest stable learning rate of an arm in words."""
+        largest = self.largest_stable[arm]
+        if largest is not None:
+            return number(largest)
+        judged = [one.stable for one in self.outcomes if one.arm == arm]
+        return "not known yet" if None in judged else "none"
+
     def show(self, value: float) -> str:
         """A value of the measure in words."""
         return percent(value) if self.higher_is_better else number(value, 4)
@@ -264,7 +272,10 @@ def _race(grid: Grid, arm: Arm, other: Arm, lr: float, quantity: str, sign: int)
 
 def _over(spread: Spread, shown: str, low: str, high: str) -> str:
     """``shown`` with its range over the seeds, where there is one."""
-    return shown if len(spread.seeds) == 1 else f"{shown} ({span(low, high)})"
+    if len(spread.seeds) == 1:
+        return shown
+    same = f"the same in all {len(spread.seeds)} seeds"
+    return f"{shown} ({same if low == high else span(low, high)})"
 
 
 def _final(summary: Summary, spread: Spread) -> str:
@@ -314,18 +325,17 @@ def _said_race(summary: Summary, race: Race, arms: dict[str, Arm]) -> str:
         return f"{start} did not reach {mark} {seeds_of(seeds, seeds)}."
     spread = Spread.of({seed: float(step) for seed, step in race.steps.items()})
     assert spread is not None
-    took = _over(spread, count(spread.median), count(spread.low), count(spread.high))
+    took = _over(spread, f"{count(spread.median)} steps", count(spread.low), count(spread.high))
     own = race.other_steps
     needed = _over(own, count(own.median), count(own.low), count(own.high))
     if race.missed:
         return (
-            f"{start} reached {mark} {seeds_of(len(race.steps), seeds)}, after {took} steps there, "
+            f"{start} reached {mark} {seeds_of(len(race.steps), seeds)}, after {took} there, "
             f"and not in the others. {other.network.capitalize()} needed {needed}."
         )
     ratio = f": {times(own.median / spread.median)}" if spread.median else ""
     return (
-        f"{start} reached {mark} after {took} steps. "
-        f"{other.network.capitalize()} needed {needed}{ratio}."
+        f"{start} reached {mark} after {took}. {other.network.capitalize()} needed {needed}{ratio}."
     )
 
 
@@ -359,7 +369,9 @@ def _said_diverged(summary: Summary, arms: dict[str, Arm]) -> str:
                 count(steps[0]), count(steps[-1])
             )
             share = seeds_of(len(one.diverged), one.planned)
-            parts.append(f"{arms[one.arm].phrase} at {number(one.lr)} {share} ({when})")
+            parts.append(
+                f"{arms[one.arm].phrase} at learning rate {number(one.lr)} {share} ({when})"
+            )
     if parts:
         return f"Training diverged (the loss was no longer a number) {join(parts)}."
     return "No training run diverged." if summary.cells["done"] else ""
@@ -370,10 +382,8 @@ def _said_stable(summary: Summary, arms: dict[str, Arm]) -> str:
         return ""
     parts = []
     for name in summary.arms:
-        largest = summary.largest_stable[name]
-        top = ", the largest tried" if largest == summary.rates[-1] else ""
-        shown = "none" if largest is None else number(largest)
-        parts.append(f"{shown} {arms[name].phrase}{top}")
+        top = ", the largest tried" if summary.largest_stable[name] == summary.rates[-1] else ""
+        parts.append(f"{summary.shown_stable(name)} {arms[name].phrase}{top}")
     return f"Largest stable learning rate: {join(parts)}."
 
 

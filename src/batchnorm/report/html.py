@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -24,54 +25,72 @@ _POINTS = 400
 _BUDGET = 2_000_000
 """Bytes for the numbers of all charts; script, styles and text come on top, below 3 MB in all."""
 
+
+@dataclass(frozen=True)
+class _Section:
+    id: str
+    short: str
+    title: str
+    intro: str
+    charts: list[str]
+
+
 _SECTIONS = [
-    (
+    _Section(
         "training",
         "Training",
-        "How the loss fell and the accuracy rose, step by step.",
+        "Training",
+        "How the loss and the accuracy went, step by step.",
         ["loss", "accuracy"],
     ),
-    (
+    _Section(
         "learning-rates",
+        "Learning rate",
         "The learning rate",
         "Papers credit batch normalization with allowing larger learning rates.",
         ["learning-rate"],
     ),
-    (
+    _Section(
         "activations",
+        "Activations",
         "Inside the network: activations",
         "What the nonlinearities receive while the layers before them are learning.",
         ["percentiles", "moments", "histograms"],
     ),
-    (
+    _Section(
         "gradients",
+        "Gradients",
         "Inside the network: gradients",
         "How strongly each layer is told to change.",
         ["gradients"],
     ),
-    (
+    _Section(
         "shift",
+        "Covariate shift",
         "Internal covariate shift, measured",
         "[P1] names its reduction as the reason why batch normalization works; [P2] measures it "
         "and finds no reduction. Here is what this network does.",
         ["shift-distance", "shift-cosine"],
     ),
-    (
+    _Section(
         "landscape",
+        "Landscape",
         "The loss landscape along the gradient",
         "[P2] proposes instead that batch normalization makes the landscape smoother. At regular "
         "steps the network looks ahead along its gradient, without moving.",
         ["loss-variation", "predictiveness", "smoothness"],
     ),
-    (
+    _Section(
         "statistics",
+        "Statistics",
         "Running against batch statistics",
         "Training normalizes with the statistics of each batch, evaluation with running averages "
         "of them. Only networks with batch norm have both.",
         ["running-mean", "running-variance"],
     ),
-    (
+    _Section(
         "weights",
+        "Weights",
         "Weights and effective learning rate",
         "Normalization takes the scale of a weight out of what the network computes.",
         ["weight-norm", "effective-rate"],
@@ -117,7 +136,7 @@ def render(run: Run) -> str:
             _toolbar(grid, summary, charts),
             "<main>",
             _headline(grid, summary),
-            *(_section(*section, charts, grid) for section in _SECTIONS),
+            *(_section(section, charts, grid) for section in _SECTIONS),
             _about(run, grid),
             "</main>",
         ]
@@ -207,9 +226,9 @@ def _header(title: str, run: Run, grid: Grid, summary: Summary) -> str:
 def _toolbar(grid: Grid, summary: Summary, charts: Sequence[Chart]) -> str:
     drawn = {chart.id for chart in charts}
     links = "".join(
-        f'<a href="#{id}">{escape(title.rpartition(": ")[2].capitalize())}</a>'
-        for id, title, _, ids in _SECTIONS
-        if drawn.intersection(ids)
+        f'<a href="#{section.id}">{escape(section.short)}</a>'
+        for section in _SECTIONS
+        if drawn.intersection(section.charts)
     )
     options = "".join(
         f'<option value="{i}"{" selected" * (rate == summary.reference_rate)}>'
@@ -249,7 +268,10 @@ def _card(title: str, rows: Iterable[tuple[int, Arm, str, str]]) -> str:
 def _over_seeds(spread: Spread, show: Callable[[float], str]) -> str:
     if len(spread.seeds) == 1:
         return "one seed"
-    return f"{span(show(spread.low), show(spread.high))} over {len(spread.seeds)} seeds"
+    low, high = show(spread.low), show(spread.high)
+    if low == high:
+        return f"in all {len(spread.seeds)} seeds"
+    return f"{low} to {high} over {len(spread.seeds)} seeds"
 
 
 def _to_target(summary: Summary, arm: Arm, rate: float) -> tuple[str, str] | None:
@@ -293,13 +315,9 @@ def _cards(grid: Grid, summary: Summary) -> Iterable[str]:
     yield _card(f"Final {summary.measure}{each}", finals)
     if len(grid.rates) > 1 and any(one.ended for one in summary.outcomes):
         tried = f"of {join([number(r) for r in grid.rates])} tried"
-        stable = summary.largest_stable
         yield _card(
             "Largest stable learning rate",
-            (
-                (i, arm, "none" if (top := stable[arm.name]) is None else number(top), tried)
-                for i, arm in arms
-            ),
+            ((i, arm, summary.shown_stable(arm.name), tried) for i, arm in arms),
         )
 
 
@@ -360,17 +378,17 @@ def _diverged(one: Outcome) -> str:
     return f"{len(one.diverged)} of {one.planned}|step {span(count(steps[0]), count(steps[-1]))}"
 
 
-def _section(
-    id: str, title: str, intro: str, ids: Sequence[str], charts: Sequence[Chart], grid: Grid
-) -> str:
-    figures = "".join(_chart_figure(chart) for chart in charts if chart.id in ids)
+def _section(section: _Section, charts: Sequence[Chart], grid: Grid) -> str:
+    figures = "".join(_chart_figure(chart) for chart in charts if chart.id in section.charts)
     if not figures:
-        one_rate = id == "learning-rates" and len(grid.rates) == 1
+        one_rate = section.id == "learning-rates" and len(grid.rates) == 1
         hint = "One learning rate was tried; this chart needs several." if one_rate else ""
         figures = f'<p class="nothing">{hint or "Not measured in this run."}</p>'
     return (
-        f'<section id="{id}" aria-labelledby="{id}-title"><h2 id="{id}-title">{escape(title)}</h2>'
-        f'<p class="intro">{escape(intro)}</p><div class="figures">{figures}</div></section>'
+        f'<section id="{section.id}" aria-labelledby="{section.id}-title">'
+        f'<h2 id="{section.id}-title">{escape(section.title)}</h2>'
+        f'<p class="intro">{escape(section.intro)}</p>'
+        f'<div class="figures">{figures}</div></section>'
     )
 
 

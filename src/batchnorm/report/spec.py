@@ -174,8 +174,8 @@ def fit(
         values = np.log10(values[values > 0])
     if not len(values):
         return None
-    usual_low, usual_high = np.quantile(values, [0.1, 0.9])
-    reach = max(1.5, usual_high - usual_low) if log else 3 * (usual_high - usual_low)
+    usual_low, usual_high = np.quantile(values, [0.05, 0.95])
+    reach = max(2.0, usual_high - usual_low) if log else 5 * (usual_high - usual_low)
     low, high = float(values.min()), float(values.max())
     if reach:
         low, high = max(low, usual_low - reach), min(high, usual_high + reach)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["count", "join", "number", "percent", "plural", "seeds_of", "span", "times"]
+__all__ = ["count", "join", "number", "percent", "plural", "ratio", "seeds_of", "span", "times"]
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -47,9 +47,14 @@ def seeds_of(some: int, every: int) -> str:
     return f"in {some} of {every} seeds"
 
 
-def times(ratio: float) -> str:
+def ratio(value: float) -> str:
+    """How many times: two digits are all that a comparison deserves."""
+    return number(float(f"{value:.2g}"), 2)
+
+
+def times(value: float) -> str:
     """A ratio of two counts in words; never more than the numbers say."""
-    if 0.95 <= ratio <= 1.05:
+    if 0.95 <= value <= 1.05:
         return "about as many"
-    fewer = ", so fewer" if ratio < 1 else ""
-    return f"{number(ratio, 2)} times as many{fewer}"
+    fewer = ", so fewer" if value < 1 else ""
+    return f"{ratio(value)} times as many{fewer}"
