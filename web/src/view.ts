@@ -83,8 +83,8 @@ export class ChartView {
     const none = element("p", { class: "bn-muted" }, `Nothing measured at learning rate ${rate}.`);
     this.grid.replaceChildren(...(holders.length ? holders.map(({ holder }) => holder) : [none]));
     for (const { panel, holder } of holders) {
-      const unit = element("span", { class: "bn-muted" }, this.chart.y.label);
-      holder.append(element("p", { class: "bn-title" }, panel.title, unit));
+      if (panel.title) holder.append(element("p", { class: "bn-title" }, panel.title));
+      holder.append(element("p", { class: "bn-unit bn-muted" }, this.chart.y.label));
       const plot = draw(this.chart, panel, this.arms, holder.clientWidth, finding || this.chart.y.label);
       holder.append(plot);
       readout(holder, plot, this.chart, panel, this.arms, (text) => (this.live.textContent = text));

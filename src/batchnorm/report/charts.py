@@ -462,11 +462,12 @@ def _depth(grid: Grid) -> Chart:
     return Chart(
         id="gradients",
         title="Gradient norms by depth",
-        how="Left is the first layer, right the last; where a line falls steeply towards the left, "
-        "the early layers hardly learn, and where it is level, all layers learn alike.",
+        how="Norm of the gradient of each layer's weight, the first layer on the left; where a "
+        "line falls steeply towards the left, the early layers hardly learn, and where it is "
+        "level, all layers learn alike.",
         source=f"{P1}, Section 3.3",
         x=Axis("layer", names=layers),
-        y=Axis("norm of the gradient of the layer's weight", type="log"),
+        y=Axis("gradient norm", type="log"),
         panels=_per_rate(grid, panels),
         band=_SEEDS if len(grid.seeds) > 1 else "",
         dots=True,
@@ -504,7 +505,7 @@ def _shift_cosine(grid: Grid) -> Chart:
         title="Internal covariate shift: angle between the gradients",
         how=f"{_SHIFT}: 1 means that it still points the same way, 0 that it points anywhere.",
         source=f"{P2}, Definition 2.1 and Figure 3",
-        y=Axis("cosine of the angle between G and G′"),
+        y=Axis("cosine of ∠(G, G′)"),
         find=lambda grid, rate: findings.shift(grid, rate, "shift/cosine"),
         skip_first=True,
         domain=(-1.0, 1.05),

@@ -105,7 +105,7 @@ def percentiles(grid: Grid, rate: float, layer: str) -> str:
             parts.append(
                 f"{arm.phrase} the median moved {wandered}, and the band ended reaching {end}"
             )
-    return f"In {layer}, {'; '.join(parts)}." if parts else ""
+    return f"In layer {layer}, {'; '.join(parts)}." if parts else ""
 
 
 def spread(grid: Grid, rate: float, layer: str) -> str:
@@ -114,7 +114,7 @@ def spread(grid: Grid, rate: float, layer: str) -> str:
     for arm in grid.arms:
         if ends := _ends(grid.series(arm, rate, "activation/std", layer)):
             parts.append(f"from {number(ends[0], 2)} to {number(ends[1], 2)} {arm.phrase}")
-    return _joined(parts, f"In {layer}, the standard deviation over all units went ")
+    return _joined(parts, f"In layer {layer}, the standard deviation over all units went ")
 
 
 def depth(grid: Grid, rate: float) -> str:

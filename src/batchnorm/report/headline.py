@@ -274,7 +274,7 @@ def _over(spread: Spread, shown: str, low: str, high: str) -> str:
     """``shown`` with its range over the seeds, where there is one."""
     if len(spread.seeds) == 1:
         return shown
-    same = f"the same in all {len(spread.seeds)} seeds"
+    same = f"the same {seeds_of(len(spread.seeds), len(spread.seeds))}"
     return f"{shown} ({same if low == high else span(low, high)})"
 
 
@@ -297,7 +297,7 @@ def _sentences(summary: Summary, grid: Grid) -> list[str]:
         said.append(_said_best(summary, arms))
     if summary.probe_share is not None:
         share = percent(summary.probe_share)
-        said.append(f"The measurements themselves took {share} of the time.")
+        said.append(f"The measurements themselves took {share} of the computing time.")
     return [sentence for sentence in said if sentence]
 
 
@@ -382,7 +382,7 @@ def _said_stable(summary: Summary, arms: dict[str, Arm]) -> str:
         return ""
     parts = []
     for name in summary.arms:
-        top = ", the largest tried" if summary.largest_stable[name] == summary.rates[-1] else ""
+        top = " (the largest tried)" if summary.largest_stable[name] == summary.rates[-1] else ""
         parts.append(f"{summary.shown_stable(name)} {arms[name].phrase}{top}")
     return f"Largest stable learning rate: {join(parts)}."
 

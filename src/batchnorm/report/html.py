@@ -17,7 +17,7 @@ from batchnorm.report.charts import build
 from batchnorm.report.grid import Arm, Grid
 from batchnorm.report.headline import Outcome, Spread, Summary, probe_seconds, summarize
 from batchnorm.report.spec import Chart, plain
-from batchnorm.report.words import count, join, number, percent, plural, span
+from batchnorm.report.words import count, join, number, percent, plural, seeds_of, span
 
 __all__ = ["render", "write_html"]
 
@@ -270,7 +270,7 @@ def _over_seeds(spread: Spread, show: Callable[[float], str]) -> str:
         return "one seed"
     low, high = show(spread.low), show(spread.high)
     if low == high:
-        return f"in all {len(spread.seeds)} seeds"
+        return seeds_of(len(spread.seeds), len(spread.seeds))
     return f"{low} to {high} over {len(spread.seeds)} seeds"
 
 

@@ -89,6 +89,8 @@ def _draw(axes: Any, chart: Chart, panel: Panel, arms: list[Arm]) -> None:
             va="bottom",
             fontsize=8,
             color="#555555",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            zorder=4,
         )
     _axis(axes.xaxis, axes.set_xscale, chart.x)
     _axis(axes.yaxis, axes.set_yscale, chart.y)

@@ -159,9 +159,7 @@ def _short(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def fit(
-    lines: Iterable[Line], *, log: bool = False, zero: bool = False
-) -> tuple[float, float] | None:
+def fit(lines: Iterable[Line], *, log: bool = False) -> tuple[float, float] | None:
     """What the y axis has to cover for all these lines; ``None`` where there is nothing.
 
     An arm that runs away would leave nothing to see of the others, so the axis ends where values
@@ -179,9 +177,8 @@ def fit(
     low, high = float(values.min()), float(values.max())
     if reach:
         low, high = max(low, usual_low - reach), min(high, usual_high + reach)
-    margin = 0.04 * (high - low) or (0.3 if log else 0.05 * abs(high) or 1.0)
-    if log:
-        return 10 ** (low - margin), 10 ** (high + margin)
-    if zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    return (low - margin if low else 0.0), (high + margin if high else 0.0)
+    size = max(abs(low), abs(high))
+    level = high - low <= 1e-6 * size  # rounding is no difference to spread over the whole height
+    margin = (0.3 if log else 0.05 * size or 1.0) if level else 0.04 * (high - low)
+    low, high = low - margin, high + margin
+    return (10**low, 10**high) if log else (low, high)

@@ -41,9 +41,9 @@ def span(low: str, high: str) -> str:
 
 
 def seeds_of(some: int, every: int) -> str:
-    """``in all 3 seeds``, ``in 2 of 3 seeds``."""
+    """``in all 3 seeds``, ``in both seeds``, ``in 2 of 3 seeds``."""
     if some == every:
-        return "with the one seed" if every == 1 else f"in all {every} seeds"
+        return {1: "with the one seed", 2: "in both seeds"}.get(every, f"in all {every} seeds")
     return f"in {some} of {every} seeds"
 
 
