@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,13 +24,18 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 __all__ = [
+    "CELLS",
     "FORMAT",
+    "MANIFEST",
+    "RECORDS",
+    "STUDY",
     "Cell",
     "Record",
     "RecordError",
     "RecordWriter",
     "Run",
     "cell_hash",
+    "read_json",
     "read_records",
     "write_json",
 ]
@@ -140,20 +144,21 @@ class RecordWriter:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document so that a reader sees the old file or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of our JSON documents.
+
+    Raises:
+        RecordError: it is damaged, or of another format.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -220,12 +225,12 @@ class Run:
                 f"{folder} holds no {STUDY}: it is not the output of a study. "
                 "Name a folder that `batchnorm compare --out` wrote."
             )
-        study = _read_json(path)
+        study = read_json(path)
         cells = []
         for entry in study["cells"]:
             cell = folder / CELLS / entry["cell"]
             if (cell / MANIFEST).is_file():
                 records = cell / RECORDS
                 rows = tuple(read_records(records)) if records.is_file() else ()
-                cells.append(Cell(cell, _read_json(cell / MANIFEST), rows))
+                cells.append(Cell(cell, read_json(cell / MANIFEST), rows))
         return cls(folder, study, tuple(cells))

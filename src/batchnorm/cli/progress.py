@@ -1,0 +1,79 @@
+"""Progress on standard error, and only on a terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from batchnorm.studies.settings import CellSettings
+
+__all__ = ["TerminalListener"]
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f} steps/s" if task.speed else "", style="progress.data.speed")
+
+
+class TerminalListener:
+    """Shows which cell is being trained, how fast, and the time left."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._cells = self._cell = 0
+
+    def start(self, cells: int, steps: int) -> None:
+        """Show the bar."""
+        self._cells = cells
+        self._task = self._progress.add_task("", total=steps)
+
+    def cell(self, settings: CellSettings) -> None:
+        """Name the cell."""
+        self._cell += 1
+        if self._task is not None:
+            text = (
+                f"{self._cell}/{self._cells}  norm {settings.norm}, "
+                f"lr {settings.lr:g}, seed {settings.seed}"
+            )
+            self._progress.update(self._task, description=text)
+
+    def advance(self, steps: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.advance(self._task, steps)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()

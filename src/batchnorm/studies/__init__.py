@@ -1,0 +1,1 @@
+"""Studies: tasks, networks, the trainer, and one file a study. They write records."""

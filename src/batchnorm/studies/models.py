@@ -1,0 +1,328 @@
+"""Networks to study: small built-in ones that take ``norm=``, and the user's own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.nn.norms import NORMS, make_norm
+from batchnorm.studies.callables import CallableError, is_callable_name, load_callable
+from batchnorm.studies.settings import CellSettings, SettingsError
+from batchnorm.studies.tasks import Task
+from batchnorm.studies.unknown import unknown
+from batchnorm.transforms.dataflow import LINEAR_TYPES, preserved
+from batchnorm.transforms.insert import insert
+from batchnorm.transforms.replace import replace
+
+__all__ = ["MODELS", "Arm", "Shape", "build_arm"]
+
+Shape = tuple[int, ...]
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "identity": nn.Identity,
+}
+
+
+def _dense(inputs: int, outputs: int, norm: str, activation: str) -> nn.Sequential:
+    """Z = g(BN(Wu)): the bias is left to β ([P1] Section 3.2)."""
+    return nn.Sequential(
+        nn.Linear(inputs, outputs, bias=norm != "batch"),
+        make_norm(norm, outputs, 0),
+        _ACTIVATIONS[activation](),
+    )
+
+
+def _conv(inputs: int, outputs: int, norm: str, activation: str, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=norm != "batch"),
+        make_norm(norm, outputs, 2),
+        _ACTIVATIONS[activation](),
+    )
+
+
+def _image(name: str, shape: Shape, smallest: int) -> int:
+    """Channels of the input, if it is an image of at least ``smallest`` × ``smallest``."""
+    if len(shape) != 3 or min(shape[1:]) < smallest:
+        raise SettingsError(
+            f"model={name!r} takes images of at least {smallest}×{smallest}, and the task gives "
+            f"inputs of shape {'×'.join(map(str, shape))}. Choose model mlp or cnn, or other data."
+        )
+    return shape[0]
+
+
+def mlp(
+    shape: Shape,
+    outputs: int,
+    norm: str,
+    depth: int | None = None,
+    width: int | None = None,
+    activation: str | None = None,
+) -> nn.Sequential:
+    """Fully connected: by default three layers of 100 sigmoid units, as in [P1] Section 4.1."""
+    sizes = [torch.Size(shape).numel(), *[width or 100] * (depth or 3)]
+    hidden = [_dense(a, b, norm, activation or "sigmoid") for a, b in pairwise(sizes)]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], outputs))
+
+
+def linear(
+    shape: Shape,
+    outputs: int,
+    norm: str,
+    depth: int | None = None,
+    width: int | None = None,
+    activation: str | None = None,
+) -> nn.Sequential:
+    """Deep linear network: by default 25 layers ([P2] Section 3), the last without a norm."""
+    return mlp(shape, outputs, norm, (depth or 25) - 1, width or outputs, activation or "identity")
+
+
+def cnn(
+    shape: Shape,
+    outputs: int,
+    norm: str,
+    depth: int | None = None,
+    width: int | None = None,
+    activation: str | None = None,
+) -> nn.Sequential:
+    """Plain convolutions: by default four, every second of which halves the image."""
+    channels, width = _image("cnn", shape, 4), width or 16
+    layers = []
+    for layer in range(depth or 4):
+        stride = 2 if layer % 2 and min(shape[1:]) >> (layer // 2) > 2 else 1
+        layers.append(_conv(channels, width, norm, activation or "relu", stride))
+        channels = width
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
+    )
+
+
+_VGG = {13: (2, 2, 3, 3, 3), 16: (2, 2, 4, 4, 4)}  # convolutions before each halving: VGG-D, VGG-E
+
+
+def vgg(
+    shape: Shape,
+    outputs: int,
+    norm: str,
+    depth: int | None = None,
+    width: int | None = None,
+    activation: str | None = None,
+) -> nn.Sequential:
+    """VGG for 32×32: 13 convolutions (VGG-D) or 16 (VGG-E) and one classifier layer.
+
+    [P2] names layers up to 13 in its figures, so its "VGG-like" network had at least so many.
+    """
+    channels, width = _image("vgg", shape, 32), width or 64
+    if (depth or 13) not in _VGG:
+        raise SettingsError(f"depth={depth} is not a depth of vgg: choose 13 or 16 convolutions.")
+    layers: list[nn.Module] = []
+    for stage, convolutions in enumerate(_VGG[depth or 13]):
+        for _ in range(convolutions):
+            size = width * min(2**stage, 8)
+            layers.append(_conv(channels, size, norm, activation or "relu"))
+            channels = size
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
+    )
+
+
+class _ResidualBlock(nn.Module):
+    """y = g(BN(W₂ g(BN(W₁u))) + shortcut(u)) (arXiv 1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, norm: str, activation: str, stride: int) -> None:
+        super().__init__()
+        self.first = _conv(inputs, outputs, norm, activation, stride)
+        self.second = _conv(outputs, outputs, norm, "identity")
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=norm != "batch"),
+                make_norm(norm, outputs, 2),
+            )
+        self.activation = _ACTIVATIONS[activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.activation(self.second(self.first(x)) + self.shortcut(x))
+        return result
+
+
+def resnet(
+    shape: Shape,
+    outputs: int,
+    norm: str,
+    depth: int | None = None,
+    width: int | None = None,
+    activation: str | None = None,
+) -> nn.Sequential:
+    """ResNet for small images: three stages of ``depth`` blocks, 3 by default (ResNet-20)."""
+    channels, width, activation = _image("resnet", shape, 8), width or 16, activation or "relu"
+    layers: list[nn.Module] = [_conv(channels, width, norm, activation)]
+    channels = width
+    for stage in range(3):
+        for block in range(depth or 3):
+            size, stride = width << stage, 2 if stage and not block else 1
+            layers.append(_ResidualBlock(channels, size, norm, activation, stride))
+            channels = size
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
+    )
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "vgg": vgg,
+    "resnet": resnet,
+    "linear": linear,
+}
+"""Name → factory of (shape, outputs, norm, depth, width, activation). Studies add theirs."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A network ready to train, and what was done to the user's own to get there."""
+
+    model: nn.Module
+    changes: list[str]
+
+
+@torch.no_grad()
+def _glorot(model: nn.Module, scale: float) -> None:
+    """Glorot's uniform weights times ``scale``, biases zero, in order of the modules."""
+    for module in model.modules():
+        if isinstance(module, LINEAR_TYPES):
+            nn.init.xavier_uniform_(module.weight)
+            module.weight *= scale
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+def _built_in(settings: CellSettings, task: Task) -> Arm:
+    factory = MODELS[settings.model]
+    options = {
+        "depth": settings.depth,
+        "width": settings.width,
+        "activation": settings.activation,
+    }
+    model = factory(task.shape, task.outputs, settings.norm, **options)
+    # Building drew numbers for biases that only some arms have; only the weights of linear
+    # operations are drawn from here on, and every arm has the same of them.
+    torch.manual_seed(settings.seed)
+    _glorot(model, settings.init_scale)
+    return Arm(model, [])
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+@torch.no_grad()
+def _copy_shared(source: nn.Module, target: nn.Module) -> int:
+    """Copy the parameters whose names and shapes agree; return how many did."""
+    values = dict(source.named_parameters())
+    shared = {
+        name: parameter
+        for name, parameter in target.named_parameters()
+        if name in values and values[name].shape == parameter.shape
+    }
+    for name, parameter in shared.items():
+        parameter.copy_(values[name])
+    return len(shared)
+
+
+def _called(name: str, make: Callable[..., Any], **arguments: str) -> nn.Module:
+    try:
+        model = make(**arguments)
+    except Exception as error:
+        raise CallableError(
+            f"model={name!r} raised {type(error).__name__}: {error}. "
+            "It is called without arguments (or with norm=, if it takes that)."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise CallableError(
+            f"model={name!r} returned a {type(model).__name__}, not a torch.nn.Module."
+        )
+    return copy.deepcopy(model)  # a callable may hand out the same network each time
+
+
+def _check_fits(name: str, model: nn.Module, task: Task) -> None:
+    example = task.train.x[:2]
+    try:
+        with torch.no_grad(), preserved(model):
+            output = model.eval()(example)
+    except Exception as error:
+        raise CallableError(
+            f"model={name!r} fails on a batch of shape {tuple(example.shape)} "
+            f"({type(error).__name__}: {error}). Choose a task whose inputs it takes."
+        ) from error
+    if not isinstance(output, Tensor) or output.shape != (2, task.outputs):
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise CallableError(
+            f"model={name!r} gives {got} for 2 examples of task {task.name!r}, "
+            f"which needs a tensor of shape (2, {task.outputs})."
+        )
+
+
+def _own(settings: CellSettings, task: Task) -> Arm:
+    name, norm = settings.model, settings.norm
+    for option in ("depth", "width", "activation"):
+        if getattr(settings, option) is not None:
+            raise SettingsError(
+                f"{option}={getattr(settings, option)!r} is for the built-in networks; "
+                f"model={name!r} decides that itself. Leave it out."
+            )
+    make = load_callable("model", name)
+    takes_norm = "norm" in inspect.signature(make).parameters
+    model = _called(name, make, norm=norm) if takes_norm else _called(name, make)
+    _check_fits(name, model, task)
+    example, changes = task.train.x[:2], []
+    try:
+        if takes_norm:
+            torch.manual_seed(settings.seed)
+            copied = _copy_shared(_called(name, make, norm="none"), model)
+            changes.append(
+                f"built by {name} with norm={norm!r}; "
+                f"{copied} parameters start as in the network with norm='none'"
+            )
+        elif _has_batch_norm(model):
+            changes = [] if norm == "batch" else replace(model, norm, example)
+        else:
+            changes = [] if norm == "none" else insert(model, norm, example)
+    except ValueError as error:
+        raise SettingsError(f"model={name!r}, norm={norm!r}: {error}") from error
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(settings.init_scale)
+    return Arm(model, changes)
+
+
+def build_arm(settings: CellSettings, task: Task) -> Arm:
+    """Build the network of one cell.
+
+    Arms of one seed start from the same weights wherever names and shapes agree.
+
+    Raises:
+        SettingsError: model or norm is unknown, or does not fit the task.
+        CallableError: the user's callable failed or returned something else.
+    """
+    if settings.norm not in NORMS:
+        raise SettingsError(unknown("norm", settings.norm, NORMS))
+    torch.manual_seed(settings.seed)
+    if settings.model in MODELS:
+        return _built_in(settings, task)
+    if is_callable_name(settings.model):
+        return _own(settings, task)
+    raise SettingsError(
+        unknown("model", settings.model, MODELS) + " Your own network is given as module:callable."
+    )

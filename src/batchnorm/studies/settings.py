@@ -1,0 +1,177 @@
+"""Settings of a study: one model for the command line, the settings file and the records."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+
+__all__ = [
+    "CellSettings",
+    "CompareSettings",
+    "Scaling",
+    "SettingsError",
+    "problems",
+]
+
+
+class SettingsError(ValueError):
+    """A setting cannot be used; the message names the setting, the value and the way out."""
+
+
+def problems(error: ValidationError, prefix: str = "") -> str:
+    """What is wrong with which setting, on one line; ``prefix`` goes before each name."""
+    found = []
+    for item in error.errors():
+        name = prefix + str(item["loc"][0]).replace("_", "-" if prefix else "_")
+        known = [*CompareSettings.model_fields]
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][0]), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            found.append(f"{name} is not a setting.{hint} There is: {', '.join(known)}.")
+        else:
+            found.append(f"{name}={item['input']!r}: {item['msg'].removeprefix('Value error, ')}.")
+    return " ".join(found)
+
+
+Scaling = Literal["raw", "unit", "standardize", "skewed"]
+Optimizer = Literal["sgd", "momentum", "adam"]
+Activation = Literal["sigmoid", "tanh", "relu", "identity"]
+
+
+def _positive(value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"must be a finite number above 0, not {value}")
+    return value
+
+
+def _not_negative(value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"must be a finite number of at least 0, not {value}")
+    return value
+
+
+PositiveRate = Annotated[float, AfterValidator(_positive)]
+NonNegativeRate = Annotated[float, AfterValidator(_not_negative)]
+
+
+class _Shared(BaseModel):
+    """What every cell of a study has in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str = "digits"
+    """Data: digits, mnist5k, gaussian, a folder, a hub name, or module:callable."""
+
+    scaling: Scaling = "unit"
+    """Input scaling: raw, unit (largest value 1), standardize, or skewed (ill-conditioned)."""
+
+    model: str = "mlp"
+    """Network: mlp, cnn, vgg, resnet, linear, or module:callable."""
+
+    depth: Annotated[int, Field(ge=1)] | None = None
+    """Number of hidden layers (resnet: blocks a stage); each network has its default."""
+
+    width: Annotated[int, Field(ge=1)] | None = None
+    """Units of a hidden layer, or channels of the first convolution."""
+
+    activation: Activation | None = None
+    """Nonlinearity of the hidden layers."""
+
+    init_scale: PositiveRate = 1.0
+    """Factor on the initial weights: 1 is Glorot's, anything else is careless."""
+
+    optimizer: Optimizer = "sgd"
+    """sgd, momentum (SGD with momentum 0.9) or adam."""
+
+    batch_size: Annotated[int, Field(ge=2)] | None = None
+    """Examples a step; 60 as in the paper, the whole training set for gaussian."""
+
+    steps: Annotated[int, Field(ge=1)] = 1000
+    """Updates of the weights."""
+
+    weight_decay: NonNegativeRate = 0.0
+    """ℓ2 penalty on all parameters, as torch's optimizers apply it."""
+
+    train_limit: Annotated[int, Field(ge=2)] | None = None
+    """Use only so many training examples (a fixed random choice)."""
+
+    test_limit: Annotated[int, Field(ge=1)] = 1000
+    """Evaluate on so many examples of the training set and of the test set."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two measurements; by default each probe has its own number a run."""
+
+    probes: tuple[str, ...] | None = None
+    """Which probes run; all by default."""
+
+    landscape_points: Annotated[int, Field(ge=2)] = 6
+    """Step sizes tried along the gradient at each measurement of the landscape."""
+
+    landscape_range: tuple[PositiveRate, ...] | None = None
+    """Smallest and largest of them as multiples of the learning rate; 0.5,4 (linear: 0.01,30)."""
+
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of torch; small networks are fastest with one."""
+
+    @field_validator("landscape_range")
+    @classmethod
+    def _ordered(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and not (len(value) == 2 and value[0] < value[1]):
+            raise ValueError(f"must be two rising numbers, not {','.join(map(str, value))}")
+        return value
+
+
+class CellSettings(_Shared):
+    """Everything that decides what one cell computes; its hash names the cell's folder."""
+
+    norm: str
+    lr: PositiveRate
+    seed: Annotated[int, Field(ge=0)]
+    code: dict[str, str] = {}
+    """Hash of the source file of each module:callable, so that edited code is a new cell."""
+
+    def document(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return self.model_dump(mode="json")
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("must name at least one value")
+    if len(set(values)) != len(values):
+        raise ValueError(f"names a value twice: {', '.join(map(str, values))}")
+    return values
+
+
+class CompareSettings(_Shared):
+    """Settings of ``batchnorm compare``: the shared ones, and three axes."""
+
+    norm: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ("none", "batch")
+    """Arms: none, batch, layer, group."""
+
+    lr: Annotated[tuple[PositiveRate, ...], AfterValidator(_distinct)] = (0.1, 1.0, 10.0)
+    """Learning rates; each arm is trained with each."""
+
+    seeds: Annotated[int, Field(ge=1)] = 3
+    """Number of seeds; arms of the same seed share initial weights and batches."""
+
+    def cells(self, code: dict[str, str]) -> list[CellSettings]:
+        """One cell a combination; the arms of a pair stand next to each other."""
+        axes = {"norm", "lr", "seeds"}
+        shared = self.model_dump(exclude=axes)
+        return [
+            CellSettings(**shared, norm=norm, lr=lr, seed=seed, code=code)
+            for seed in range(self.seeds)
+            for lr in self.lr
+            for norm in self.norm
+        ]

@@ -1,0 +1,25 @@
+"""Every tolerance of the tests, with its reason. None is relaxed by environment."""
+
+DOUBLE = 1e-10
+"""Relative, float64: sums of some hundred products, each rounded at 1e-16."""
+
+SINGLE = 2e-5
+"""Relative, float32 arithmetic against float64: some hundred roundings of 6e-8."""
+
+DIFFERENCE = 1e-6
+"""Relative, a difference of nearly equal float64 gradients: 1e-16 over the share that is left."""
+
+EPSILON = 0.02
+"""Absolute, batch norm's output variance σ²/(σ²+ε) against 1, for σ² above 1e-3 and ε = 1e-5."""
+
+EXACT_STANDARD = 2e-6
+"""Absolute, float32 y of standardised input against float64: a dozen roundings of 6e-8 at |y| < 6."""
+
+EXACT_OFFSET = 2e-6
+"""Absolute, the same at mean/std 1e3: the mean is split, so that x − mean loses nothing."""
+
+HALF = 8e-3
+"""Relative, bfloat16 results: rounded once, to 8 bits."""
+
+LIKE_TORCH = 1e-5
+"""Relative, two float32 calculations of the same thing, both some dozen roundings off."""
