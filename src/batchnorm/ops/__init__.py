@@ -1,4 +1,4 @@
-"""Every op: its schema once, its reference, its fake, its derivative.
+r"""Every op: its schema once, its reference, its fake, its derivative.
 
 The schemas (`schemas.py` defines them, this is what they mean)::
 
@@ -34,7 +34,7 @@ y = act(z), dz = dy·act′(z)::
 where ``mean_dz`` and ``mean_dz_xhat`` are the two sums over the number of values per
 channel (over all ranks, when synchronised). Both absent: the statistics were constants.
 
-**Shapes and layouts.** ``x`` is (N, C, \\*), two or more axes, not empty. *Contiguous* and
+**Shapes and layouts.** ``x`` is (N, C, \*), two or more axes, not empty. *Contiguous* and
 *channels last* of any rank (``x.movedim(1, -1).is_contiguous()``) are kept: ``y``, ``dx``
 and ``dz`` have the strides of ``x``. An ``x`` laid out otherwise is made contiguous first,
 and so are they. ``dy`` and ``residual`` have the shape of ``x`` and any strides.
@@ -59,11 +59,11 @@ that the sign of z is the same in both.
 
 **Activation.** 0 none, 1 relu, 2 relu6, 3 leaky_relu (slope 0.01), 4 silu, 5 gelu (erf),
 6 hardswish. The slope at a kink is torch's: 0 at z = 0 (leaky_relu: 0.01) and z = 6;
-hardswish: 0 below −3, 1 above 3, else z/3 + ½.
+hardswish: 0 up to −3, 1 from 3 on, else z/3 + ½.
 
 **Gate.** ``training_forward`` with a residual and one of relu, relu6, leaky_relu returns one
 bit per value, 1 where the slope is 1, so that backward reads neither residual nor y. It is
-uint8 of shape (rows, ⌈length/8⌉), where a row is a run of y's memory: N·C rows of S = ∏\\*
+uint8 of shape (rows, ⌈length/8⌉), where a row is a run of y's memory: N·C rows of S = ∏\*
 values when x is contiguous and S > 1, N·S rows of C values otherwise. Value i of a row is bit
 i mod 8 of byte i div 8; the bits that pad a row are 0. In every other case the gate is empty
 (shape (0,)). Given a gate, backward takes the slope from it; otherwise it recomputes z, with
@@ -80,6 +80,7 @@ the moment that it is loaded, with no branch in Python. Derivatives, fakes and b
 belong to the schema and are never written again.
 """
 
+from batchnorm.ops.active import kernels
 from batchnorm.ops.autograd import (
     backward_apply,
     backward_sums,
@@ -94,6 +95,7 @@ __all__ = [
     "ACTIVATIONS",
     "backward_apply",
     "backward_sums",
+    "kernels",
     "moments",
     "normalize",
     "training_backward",

@@ -6,7 +6,8 @@ operations are over the same saved inputs and outputs; the ops of the backward d
 they are differentiated on their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,30 +45,37 @@ class _Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        # Function.apply binds the signature anew at every call, which on small inputs costs
-        # more than the normalisation. Outside torch.func nothing needs that.
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return cls.apply_here(*args)
+
+    @classmethod
+    def apply_here(cls, *args: Any) -> Any:
+        """Apply at the level of torch.func that the dispatcher is at.
+
+        ``Function.apply`` would start from the top again, and outside torch.func it binds the
+        signature anew at every call, which on small inputs costs more than normalising.
+        """
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+@contextmanager
+def _differentiable_jvp(ctx: Any) -> Iterator[list[Any]]:
+    """Yield what was saved, and let jvp be differentiated forward.
+
+    Autograd runs jvp with forward mode off, and a jvp of a jvp would lose its outer tangent.
+    """
+    primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield primals
 
 
 def _tangent(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: int,
-    x_t: Tensor | None,
-    mean_t: Tensor | None,
-    var_t: Tensor | None,
-    weight_t: Tensor | None,
-    bias_t: Tensor | None,
-    residual_t: Tensor | None,
+    primals: Sequence[Any], tangents: Sequence[Tensor | None], eps: float, activation: int
 ) -> Tensor:
-    """Return the tangent of y from the tangents (``_t``) of all that it is computed from."""
+    """Return the tangent of y = normalize(*primals, eps, activation)."""
+    x, mean, var, weight, bias, residual = primals
+    x_t, mean_t, var_t, weight_t, bias_t, residual_t = tangents
     dtype = compute_dtype(x)
 
     def vector(v: Tensor) -> Tensor:
@@ -153,17 +161,16 @@ class _TrainingForward(_Function):
         residual_t: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, mean, var = ctx.saved_tensors
-        mean_t, var_t = torch.zeros_like(mean), torch.zeros_like(var)
-        if x_t is not None:
-            axes = reduction_axes(x)
-            mean_t = x_t.mean(axes, dtype=mean.dtype)
-            centred = preactivation(x, mean, torch.ones_like(var), None, None, None, 0.0)
-            var_t = 2 * (centred * x_t).mean(axes, dtype=var.dtype)
-        y_t = _tangent(
-            *(x, mean, var, weight, bias, residual, ctx.eps, ctx.activation),
-            *(x_t, mean_t, var_t, weight_t, bias_t, residual_t),
-        )
+        with _differentiable_jvp(ctx) as (x, weight, bias, residual, mean, var):
+            mean_t, var_t = torch.zeros_like(mean), torch.zeros_like(var)
+            if x_t is not None:
+                axes = reduction_axes(x)
+                mean_t = x_t.mean(axes, dtype=mean.dtype)
+                centred = preactivation(x, mean, torch.ones_like(var), None, None, None, 0.0)
+                var_t = 2 * (centred * x_t).mean(axes, dtype=var.dtype)
+            primals = (x, mean, var, weight, bias, residual)
+            tangents = (x_t, mean_t, var_t, weight_t, bias_t, residual_t)
+            y_t = _tangent(primals, tangents, ctx.eps, ctx.activation)
         return y_t, mean_t, var_t, None
 
 
@@ -215,7 +222,8 @@ class _Normalize(_Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        return _tangent(*ctx.saved_tensors, ctx.eps, ctx.activation, *tangents[:6])
+        with _differentiable_jvp(ctx) as primals:
+            return _tangent(primals, tangents[:6], ctx.eps, ctx.activation)
 
 
 def training_forward(
@@ -245,19 +253,6 @@ def normalize(
     """Normalise by given statistics."""
     if torch.compiler.is_compiling():
         return _ops.normalize.default(x, mean, var, weight, bias, residual, eps, activation)  # type: ignore[no-any-return]
-    return _normalize(x, mean, var, weight, bias, residual, eps, activation)
-
-
-def _normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: int,
-) -> Tensor:
     if _is_differentiated(x, mean, var, weight, bias, residual):
         return _Normalize.apply(x, mean, var, weight, bias, residual, eps, activation)  # type: ignore[no-any-return]
     with _below_autograd():
@@ -278,15 +273,10 @@ def _piece(name: str, composite: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: op(*args) if torch.compiler.is_compiling() else call(*args)
 
 
-def _differentiable_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean, var, _ = reference.moments(x)
-    return mean, var
-
-
-moments = _piece("moments", _differentiable_moments)
+moments = _piece("moments", reference.moments)
 backward_sums = _piece("backward_sums", reference.backward_sums)
 backward_apply = _piece("backward_apply", reference.backward_apply)
 training_backward = _piece("training_backward", reference.training_backward)
 
-library.impl("training_forward", _TrainingForward.apply, "Autograd")
-library.impl("normalize", _normalize, "Autograd")
+library.impl("training_forward", _TrainingForward.apply_here, "Autograd")
+library.impl("normalize", _Normalize.apply_here, "Autograd")

@@ -99,7 +99,7 @@ def slope(z: Tensor, activation: int) -> Tensor:
             density = (-0.5 * z * z).exp() / math.sqrt(2 * math.pi)
             return 0.5 * (1 + (z / math.sqrt(2)).erf()) + z * density
         case _:
-            return torch.where(z < -3, 0.0, torch.where(z > 3, 1.0, z / 3 + 0.5))
+            return torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, z / 3 + 0.5))
 
 
 def is_open(z: Tensor, activation: int) -> Tensor:
@@ -109,8 +109,8 @@ def is_open(z: Tensor, activation: int) -> Tensor:
 
 def gate_slope(gate: Tensor, activation: int, dtype: torch.dtype) -> Tensor:
     """Return the slope of a piecewise linear activation from where it is 1."""
-    closed = LEAKY_SLOPE if activation == LEAKY_RELU else 0.0
-    return torch.where(gate, 1.0, closed).to(dtype)
+    gate = gate.to(dtype)
+    return gate + (1 - gate) * LEAKY_SLOPE if activation == LEAKY_RELU else gate
 
 
 def uses_gate(residual: Tensor | None, activation: int) -> bool:
@@ -130,7 +130,7 @@ def pack_gate(gate: Tensor, x: Tensor) -> Tensor:
     ordered = gate.movedim(1, -1) if is_channels_last(x) else gate
     bits = torch.nn.functional.pad(ordered.reshape(rows, length), (0, -length % 8))
     places = 2 ** torch.arange(8, device=x.device)
-    return (bits.unflatten(1, (-1, 8)) * places).sum(-1).to(torch.uint8)
+    return (torch.unflatten(bits, 1, (-1, 8)) * places).sum(-1).to(torch.uint8)
 
 
 def unpack_gate(packed: Tensor, x: Tensor) -> Tensor:
@@ -143,27 +143,31 @@ def unpack_gate(packed: Tensor, x: Tensor) -> Tensor:
     return bits.reshape(x.shape)
 
 
-def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Return mean, biased variance and number of values of each channel, of those in the mask.
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance of each channel.
 
     In two passes, and what rounding left of the mean is taken out of both.
     """
     axes = reduction_axes(x)
     x = x.to(STATISTICS_DTYPE)
-    count: Tensor | int
-    if mask is None:
-        count = math.prod(x.shape[axis] for axis in axes)
-        mean = x.mean(axes)
-        centred = x - per_channel(mean, x)
-    else:
-        counted = mask.unsqueeze(1)
-        count = mask.sum()
-        mean = torch.where(counted, x, 0.0).sum(axes) / count
-        # Masked before the square, so that nothing outside the mask, inf included, is felt.
-        centred = torch.where(counted, x - per_channel(mean, x), 0.0)
-    remainder = centred.sum(axes) / count
-    var = centred.square().sum(axes) / count - remainder.square()
-    return mean + remainder, var.clamp(min=0), count
+    mean = x.mean(axes)
+    centred = x - per_channel(mean, x)
+    remainder = centred.mean(axes)
+    var = centred.square().mean(axes) - remainder.square()
+    return mean + remainder, var.clamp(min=0)
+
+
+def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, biased variance and number of the values where the mask (N, *) is true."""
+    axes = reduction_axes(x)
+    counted = mask.unsqueeze(1)
+    count = mask.sum()
+    # Masked before the arithmetic, so that nothing outside the mask, inf included, is felt.
+    x = torch.where(counted, x.to(STATISTICS_DTYPE), 0.0)
+    mean = x.sum(axes) / count
+    centred = torch.where(counted, x - per_channel(mean, x), 0.0)
+    var = centred.square().sum(axes) / count
+    return mean, var, count
 
 
 def scale_and_shift(
@@ -231,7 +235,7 @@ def training_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, the moments that it was normalised with, and the gate. [P1] Algorithm 1."""
     x = dense(x)
-    mean, var, _ = moments(x)
+    mean, var = moments(x)
     z = preactivation(x, mean, var, weight, bias, residual, eps)
     if uses_gate(residual, activation):
         gate = pack_gate(is_open(z, activation), x)

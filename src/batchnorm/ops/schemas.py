@@ -35,11 +35,6 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(dense(x))
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean, var, _ = reference.moments(x)
-    return mean, var
-
-
 def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _channel_vector(x), _channel_vector(x)
 
@@ -136,7 +131,7 @@ _OPS: tuple[tuple[str, str, str, Callable[..., Any], Callable[..., Any]], ...] =
         "moments(Tensor x) -> (Tensor mean, Tensor var)",
         "f",
         "cc",
-        _moments,
+        reference.moments,
         _fake_moments,
     ),
     (
@@ -169,8 +164,7 @@ _OPS: tuple[tuple[str, str, str, Callable[..., Any], Callable[..., Any]], ...] =
 
 
 def _batched(op: Any, argument_kinds: str, result_kinds: str) -> Callable[..., Any]:
-    """Batch an op by what needs no loop: channels are independent, so B batches of C channels
-    are one batch of B·C channels."""  # noqa: D209, D205
+    """Return the batching rule: B batches of C channels are one batch of B·C channels."""
     x_place = 1 if argument_kinds.startswith("ff") else 0
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -185,13 +179,13 @@ def _batched(op: Any, argument_kinds: str, result_kinds: str) -> Callable[..., A
 
         def unfold(value: Tensor, kind: str) -> Tensor:
             if kind == "c":
-                return value.unflatten(0, (size, -1))
-            return value.unflatten(1, (size, -1)).transpose(0, 1)
+                return torch.unflatten(value, 0, (size, -1))
+            return torch.unflatten(value, 1, (size, -1)).transpose(0, 1)
 
         # One sample of the batch shows the layout that a gate packs.
         x, x_dim = args[x_place], in_dims[x_place]
         sample = dense(x if x_dim is None else x.select(x_dim, 0))
-        folded = []
+        folded: list[Any] = []
         for value, dim, kind in zip(args, in_dims, argument_kinds, strict=True):
             if kind == "g" and value is not None:
                 packed = value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
