@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from batchnorm.records import FORMAT, Record, RecordWriter, Run, cell_hash, write_json
-
-Measure = Callable[[str, float, int], Iterable[Record]]
 
 
 def series(quantity: str, values: Mapping[int, float], layer: str = "") -> list[Record]:
@@ -29,6 +26,7 @@ class Builder:
             "optimizer": "sgd",
             "steps": 100,
             "batch_size": None,
+            "test_limit": 1000,
             "code": {},
             **settings,
         }
@@ -46,6 +44,7 @@ class Builder:
         layers: Sequence[str] = ("fc1", "fc2", "out"),
         changes: Sequence[str] = (),
         timing: Mapping[str, float] | None = None,
+        kind: str = "classification",
     ) -> None:
         """Add a cell; with ``records=None`` one that has not started."""
         axes = {"norm": norm, "lr": lr, "seed": seed}
@@ -71,7 +70,7 @@ class Builder:
                 "changes": list(changes),
                 "task": {
                     "name": self.settings["task"],
-                    "kind": "classification",
+                    "kind": kind,
                     "train": 1437,
                     "test": 360,
                     "shape": [64],
@@ -104,13 +103,55 @@ class Builder:
         return Run.read(self.folder)
 
 
-@pytest.fixture
-def builder(tmp_path: Path) -> Builder:
-    return Builder(tmp_path / "run")
-
-
 def embedded(page: str) -> dict[str, Any]:
     """The chart specifications inside a page."""
     start = page.index('id="data">') + len('id="data">')
     document: dict[str, Any] = json.loads(page[start : page.index("</script>", start)])
     return document
+
+
+LAYERS = ("fc1", "fc2", "out")
+
+
+def measured(
+    norm: str,
+    *,
+    steps: int = 100,
+    every: int = 10,
+    layers: Sequence[str] = LAYERS,
+    stop: int | None = None,
+    accuracy: bool = True,
+    offset: float = 0.0,
+) -> list[Record]:
+    """Records of every quantity; with ``stop``, the loss is NaN there and nothing follows."""
+    last = steps if stop is None else stop
+    quick = 0.02 if norm == "none" else 0.08
+    records = []
+    for step in range(0, last + 1, every):
+        left = math.exp(-quick * step)
+        whole = {"batch/loss": 2.3 * left + 0.01, "train/loss": 2.3 * left + 0.01}
+        whole["test/loss"] = 2.3 * left + 0.1
+        if accuracy:
+            whole |= {"train/accuracy": 1 - 0.9 * left, "test/accuracy": 0.98 - 0.88 * left}
+        whole |= {"landscape/loss_low": 2 * left + 0.01, "landscape/loss_high": 3 * left + 0.02}
+        whole |= {"landscape/gradient_low": 0.1, "landscape/gradient_high": 0.1 + left}
+        whole["landscape/smoothness"] = 2.0 + left
+        records += [Record(step, "", name, value + offset) for name, value in whole.items()]
+        for depth, layer in enumerate(layers):
+            each = {"mean": 0.1, "std": 1.0, "p15": -1.0, "p50": 0.1, "p85": 1.2}
+            each |= {"low": -3.0, "high": 3.0}
+            each = {f"activation/{name}": value for name, value in each.items()}
+            each["gradient/norm"] = 10.0 ** (depth - len(layers)) * (1 + left)
+            each |= {"shift/l2": 0.3 * depth * left, "shift/cosine": 1 - 0.2 * depth}
+            each |= {"weight/norm": 5.0 + step / 100, "weight/effective_lr": 0.01}
+            if norm == "batch" and layer != layers[-1]:
+                each |= {"running/mean_error": 0.1 + left, "running/log_variance_ratio": left}
+            records += [Record(step, layer, name, value) for name, value in each.items()]
+            bins = [math.exp(-(((i - 15.5) / 6) ** 2)) for i in range(32)]
+            records += [
+                Record(step, layer, "activation/histogram", value / sum(bins), i)
+                for i, value in enumerate(bins)
+            ]
+    if stop is not None:
+        records.append(Record(stop, "", "batch/loss", math.nan))
+    return records

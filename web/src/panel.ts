@@ -32,6 +32,13 @@ function alone(data: Point[]): Point[] {
   return data.filter((_, i) => there(i) && !there(i - 1) && !there(i + 1));
 }
 
+/** Whether something lies beyond the frame, for instance of an arm that runs away. */
+export function cutOff(panel: Panel): boolean {
+  const [low, high] = panel.domain ?? [-Infinity, Infinity];
+  const beyond = (value: Value) => value !== null && (value < low || value > high);
+  return panel.lines.some((line) => [line.y, line.low, line.high].some((part) => part?.some(beyond)));
+}
+
 function extent(panel: Panel, log: boolean): [number, number] {
   const all = panel.lines
     .flatMap((line) => [...(line.y ?? []), ...(line.low ?? []), ...(line.high ?? [])])
@@ -85,10 +92,10 @@ function xTicks(chart: Chart, width: number): { ticks?: number[]; tickFormat: (v
   return { ticks: places.filter((_, i) => i % every === 0), tickFormat: String };
 }
 
-/** Few enough places on a log axis to label them all: powers of ten, or 1, 2 and 5 of each. */
+/** Few enough places on a log axis to label them all: powers of ten, or some of each. */
 function logTicks([low, high]: [number, number]): number[] {
   const decades = Math.log10(high / low);
-  const steps = decades >= 2.5 ? [1] : decades >= 0.8 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
+  const steps = decades >= 2.5 ? [1] : decades >= 0.8 ? [1, 2, 5] : [1, 1.5, 2, 3, 5, 7];
   const every = Math.ceil(decades / 6);
   const ticks: number[] = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
@@ -146,6 +153,7 @@ export function draw(chart: Chart, panel: Panel, arms: Arm[], width: number, des
         y: "y",
         text: "label",
         frameAnchor: "right",
+        dx: -3,
         dy: -8,
         fill: "currentColor",
         stroke: "var(--paper, Canvas)",

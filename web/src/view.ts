@@ -1,6 +1,6 @@
 import { element } from "./dom";
 import { legend } from "./legend";
-import { draw } from "./panel";
+import { cutOff, draw } from "./panel";
 import { readout } from "./readout";
 import type { Arm, Chart, Panel } from "./spec";
 import { numbers } from "./table";
@@ -84,7 +84,8 @@ export class ChartView {
     this.grid.replaceChildren(...(holders.length ? holders.map(({ holder }) => holder) : [none]));
     for (const { panel, holder } of holders) {
       if (panel.title) holder.append(element("p", { class: "bn-title" }, panel.title));
-      holder.append(element("p", { class: "bn-unit bn-muted" }, this.chart.y.label));
+      const unit = this.chart.y.label + (cutOff(panel) ? " (cut off at the frame)" : "");
+      holder.append(element("p", { class: "bn-unit bn-muted" }, unit));
       const plot = draw(this.chart, panel, this.arms, holder.clientWidth, finding || this.chart.y.label);
       holder.append(plot);
       readout(holder, plot, this.chart, panel, this.arms, (text) => (this.live.textContent = text));

@@ -139,7 +139,7 @@ def _layered(
         for layer in reversed(layers):
             lines = _seed_lines(grid, rate, quantity, layer)
             covers = domain or fit(lines, log=y.type == "log")
-            yield Panel(layer, lines, rate=i, layer=layer, domain=covers)
+            yield Panel(f"layer {layer}", lines, rate=i, layer=layer, domain=covers)
 
     return Chart(
         id=id,
@@ -154,6 +154,10 @@ def _layered(
         overview=overview,
         findings=_found(grid, find),
     )
+
+
+def _guessing(grid: Grid) -> list[Rule]:
+    return [Rule(grid.guessing, "guessing")] if grid.guessing is not None else []
 
 
 def _loss(grid: Grid) -> Chart:
@@ -193,7 +197,13 @@ def _accuracy(grid: Grid) -> Chart:
 
     def panels(i: int, rate: float) -> Iterable[Panel]:
         for quantity, name in places.items():
-            yield Panel(name, _seed_lines(grid, rate, quantity), rate=i, domain=(0.0, 1.0))
+            yield Panel(
+                name,
+                _seed_lines(grid, rate, quantity),
+                rate=i,
+                domain=(0.0, 1.0),
+                rules=_guessing(grid),
+            )
 
     def find(grid: Grid, rate: float) -> str:
         return findings.course(grid, rate, "test/accuracy", "Test accuracy", share=True)
@@ -242,6 +252,7 @@ def _against_rate(grid: Grid, summary: Summary) -> Chart:
         )
     enough = len(grid.rates) > 1
     covers = (0.0, 1.0) if percent else fit(lines, log=True)
+    rules = _guessing(grid) if percent else []
     return Chart(
         id="learning-rate",
         title=f"Final {summary.measure} against learning rate",
@@ -251,7 +262,7 @@ def _against_rate(grid: Grid, summary: Summary) -> Chart:
         source=f"{P1}, Section 4.2.1; {P2}, Figure 1",
         x=Axis("learning rate", type="log", ticks=grid.rates, domain=_around(grid.rates)),
         y=Axis(summary.measure, type="linear" if percent else "log", percent=percent),
-        panels=[Panel("", lines, domain=covers)] if enough and lines else [],
+        panels=[Panel("", lines, domain=covers, rules=rules)] if enough and lines else [],
         band=_SEEDS if len(grid.seeds) > 1 else "",
         dots=True,
         findings={"": findings.against_rate(summary, grid)},
@@ -290,7 +301,9 @@ def _by_arm(
             ]
             covers = fit([line for _, line in drawn])
             for arm, line in drawn:
-                yield Panel(f"{layer}, {arm.label}", [line], rate=i, layer=layer, domain=covers)
+                yield Panel(
+                    f"layer {layer}, {arm.label}", [line], rate=i, layer=layer, domain=covers
+                )
 
     return Chart(
         id=id,
@@ -341,7 +354,9 @@ def _moments(grid: Grid) -> Chart:
             drawn = [(arm, made) for arm in grid.arms if (made := line(arm, rate, layer))]
             covers = fit([made for _, made in drawn])
             for arm, made in drawn:
-                yield Panel(f"{layer}, {arm.label}", [made], rate=i, layer=layer, domain=covers)
+                yield Panel(
+                    f"layer {layer}, {arm.label}", [made], rate=i, layer=layer, domain=covers
+                )
 
     return Chart(
         id="moments",
@@ -398,7 +413,7 @@ def _histograms(grid: Grid) -> Chart:
             for step in _nearest(steps, (0, 0.5, 1)) if steps else []:
                 drawn = (line(n, arm, rate, layer, step) for n, arm in enumerate(grid.arms))
                 yield Panel(
-                    f"{layer}, step {count(step)}",
+                    f"layer {layer}, step {count(step)}",
                     [made for made in drawn if made],
                     rate=i,
                     layer=layer,
@@ -617,7 +632,7 @@ def _running_mean(grid: Grid) -> Chart:
         how="How far the mean that evaluation will use is from that of the current batch, in "
         "standard deviations of the batch; it cannot reach 0, because no two batches are alike.",
         source=f"{P1}, Algorithm 2",
-        y=Axis("distance in standard deviations"),
+        y=Axis("distance in standard deviations", type="log"),
         find=lambda grid, rate: findings.gap(
             grid, rate, "running/mean_error", "distance in standard deviations"
         ),

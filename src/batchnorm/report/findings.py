@@ -50,7 +50,7 @@ def _relation(values: list[float], than: list[Arm], what: str) -> str:
     if len(values) != 2 or min(values) < 0 or not max(values):
         return ""
     (one, two), (first, second) = values, than
-    if min(values) >= 0.9 * max(values):
+    if min(values) >= 0.8 * max(values):
         return f" {what} is about the same in both."
     larger, smaller = (first, second) if one > two else (second, first)
     by = f" ({ratio(max(values) / min(values))}×)" if min(values) else ""

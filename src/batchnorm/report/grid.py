@@ -108,6 +108,15 @@ class Grid:
         self.seeds = sorted({int(entry["seed"]) for entry in planned})
         self.planned = len(planned)
         self.layers = list(dict.fromkeys(name for cell in run.cells for name in cell.layers))
+        tasks = [cell.manifest["task"] for cell in run.cells]
+        classes = max((t["outputs"] for t in tasks if t["kind"] == "classification"), default=0)
+        self.guessing = 1 / classes if classes else None
+        """Share of right answers that guessing gives, where there are classes to guess."""
+        self.tested = min(
+            (min(c.manifest["task"]["test"], c.settings["test_limit"]) for c in run.cells),
+            default=0,
+        )
+        """Test examples behind every test accuracy."""
         self.steps = max((int(cell.settings["steps"]) for cell in run.cells), default=0)
         self._at: dict[tuple[str, float], list[Cell]] = {}
         for cell in sorted(run.cells, key=lambda cell: int(cell.settings["seed"])):

@@ -42,7 +42,8 @@ class Outcome:
 
     ``best`` is the best value of the measure seen during training, ``final`` the last one.
     ``stable``: every seed ended finite, with a final training loss below its starting one;
-    ``None`` while a seed has not ended.
+    ``None`` while a seed has not ended. ``guessing``: the mean final accuracy is within three
+    standard errors of what guessing gives, or below; a network can be stable and yet not learn.
     """
 
     arm: str
@@ -54,6 +55,7 @@ class Outcome:
     ended: int
     planned: int
     stable: bool | None
+    guessing: bool
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,15 @@ def _outcome(grid: Grid, arm: Arm, lr: float, quantity: str, sign: int) -> Outco
         ended=len(cells),
         planned=len(grid.seeds),
         stable=verdict,
+        guessing=_guessing(grid, Spread.of(final)),
     )
+
+
+def _guessing(grid: Grid, final: Spread | None) -> bool:
+    share = grid.guessing
+    if share is None or final is None or not grid.tested:
+        return False
+    return final.mean <= share + 3 * math.sqrt(share * (1 - share) / grid.tested)
 
 
 def _race(grid: Grid, arm: Arm, other: Arm, lr: float, quantity: str, sign: int) -> Race | None:
@@ -294,6 +304,7 @@ def _sentences(summary: Summary, grid: Grid) -> list[str]:
         said.append(_said_final(summary, rate, arms))
         said.append(_said_diverged(summary, arms))
         said.append(_said_stable(summary, arms))
+        said.append(_said_guessing(summary, grid, arms))
         said.append(_said_best(summary, arms))
     if summary.probe_share is not None:
         share = percent(summary.probe_share)
@@ -385,6 +396,18 @@ def _said_stable(summary: Summary, arms: dict[str, Arm]) -> str:
         top = " (the largest tried)" if summary.largest_stable[name] == summary.rates[-1] else ""
         parts.append(f"{summary.shown_stable(name)} {arms[name].phrase}{top}")
     return f"Largest stable learning rate: {join(parts)}."
+
+
+def _said_guessing(summary: Summary, grid: Grid, arms: dict[str, Arm]) -> str:
+    parts = [
+        f"{arms[one.arm].phrase} at learning rate {number(one.lr)} ({summary.show(one.final.mean)})"
+        for one in summary.outcomes
+        if one.guessing and one.final
+    ]
+    if not parts or grid.guessing is None:
+        return ""
+    chance = f"{summary.show(grid.guessing)} for {number(1 / grid.guessing)} classes"
+    return f"No better than guessing ({chance}) in the end: {join(parts)}."
 
 
 def _said_best(summary: Summary, arms: dict[str, Arm]) -> str:

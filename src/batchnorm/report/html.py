@@ -21,7 +21,9 @@ from batchnorm.report.words import count, join, number, percent, plural, seeds_o
 
 __all__ = ["render", "write_html"]
 
-_POINTS = 400
+_POINTS = (400, 200, 100, 50)
+"""Points a line: the first of these numbers that fits into the budget."""
+
 _BUDGET = 2_000_000
 """Bytes for the numbers of all charts; script, styles and text come on top, below 3 MB in all."""
 
@@ -168,14 +170,14 @@ def _data(grid: Grid, charts: Sequence[Chart]) -> str:
         {"label": arm.label, "color": f"var(--arm-{i})", "dash": arm.dash}
         for i, arm in enumerate(grid.arms)
     ]
-    most = _POINTS
-    while True:
-        shown = [_drawn(chart.thinned(most)) for chart in charts]
-        document = {"arms": arms, "rates": grid.rates, "charts": shown}
+    text = ""
+    for most, whole in (*((points, True) for points in _POINTS), (_POINTS[-1], False)):
+        shown = [(chart if whole else chart.abridged()).thinned(most) for chart in charts]
+        document = {"arms": arms, "rates": grid.rates, "charts": [_drawn(chart) for chart in shown]}
         text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-        if len(text) <= _BUDGET or most <= 25:
-            return text.replace("<", "\\u003c")
-        most //= 2
+        if len(text) <= _BUDGET:
+            break
+    return text.replace("<", "\\u003c")
 
 
 def _drawn(chart: Chart) -> dict[str, Any]:
@@ -314,10 +316,16 @@ def _cards(grid: Grid, summary: Summary) -> Iterable[str]:
     each = ", each at its own best learning rate" if len(grid.rates) > 1 else ""
     yield _card(f"Final {summary.measure}{each}", finals)
     if len(grid.rates) > 1 and any(one.ended for one in summary.outcomes):
-        tried = f"of {join([number(r) for r in grid.rates])} tried"
+        rates = join([number(rate) for rate in grid.rates])
+
+        def judged(arm: Arm) -> str:
+            top = summary.largest_stable[arm.name]
+            lost = top is not None and summary.outcome(arm.name, top).guessing
+            return f"{'no better than guessing there; ' if lost else ''}of {rates} tried"
+
         yield _card(
             "Largest stable learning rate",
-            ((i, arm, summary.shown_stable(arm.name), tried) for i, arm in arms),
+            ((i, arm, summary.shown_stable(arm.name), judged(arm)) for i, arm in arms),
         )
 
 
@@ -334,7 +342,8 @@ def _outcomes(grid: Grid, summary: Summary) -> str:
                 f"{target[0]}|{target[1]}" if target else "–",
                 _figure(one.final, summary),
                 _figure(one.best, summary),
-                {True: "yes", False: "no", None: "not finished"}[one.stable],
+                {True: "yes", False: "no", None: "not finished"}[one.stable]
+                + ("|no better than guessing" if one.guessing else ""),
                 _diverged(one),
             ]
             first = f'<th scope="rowgroup" rowspan="{len(grid.arms)}">{number(rate)}</th>'
@@ -431,9 +440,8 @@ def _changes(grid: Grid) -> str:
         changes = dict.fromkeys(change for cell in cells for change in cell.manifest["changes"])
         if changes:
             items = "".join(f"<li>{escape(str(change))}</li>" for change in changes)
-            parts.append(
-                f"<h3>Changed in the network to train it {arm.phrase}</h3><ul>{items}</ul>"
-            )
+            title = escape(f"Changed in the network to train it {arm.phrase}")
+            parts.append(f"<h3>{title}</h3><ul>{items}</ul>")
     return "".join(parts)
 
 

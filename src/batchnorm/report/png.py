@@ -81,7 +81,7 @@ def _draw(axes: Any, chart: Chart, panel: Panel, arms: list[Arm]) -> None:
         _line(axes, chart, panel, line, arms[line.arm])
     for rule in panel.rules:
         axes.axhline(rule.y, color="#666666", linestyle=":", linewidth=1)
-        axes.annotate(
+        label = axes.annotate(
             rule.label,
             (0.99, rule.y),
             xycoords=("axes fraction", "data"),
@@ -91,7 +91,9 @@ def _draw(axes: Any, chart: Chart, panel: Panel, arms: list[Arm]) -> None:
             color="#555555",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             zorder=4,
+            annotation_clip=True,
         )
+        label.set_in_layout(False)
     _axis(axes.xaxis, axes.set_xscale, chart.x)
     _axis(axes.yaxis, axes.set_yscale, chart.y)
     if chart.x.domain:

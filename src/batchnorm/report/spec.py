@@ -124,6 +124,15 @@ class Chart:
         said = (self.findings.get(""), self.findings.get(str(rate)))
         return " ".join(part for part in said if part)
 
+    def abridged(self) -> Chart:
+        """The chart with the layers of its overview only."""
+        if self.overview is None:
+            return self
+        panels = [panel for panel in self.panels if panel.layer in self.overview]
+        note = "The other layers are left out here to keep the file small; the records have them."
+        said = " ".join(filter(None, (self.findings.get(""), note)))
+        return replace(self, panels=panels, overview=None, findings={**self.findings, "": said})
+
     def thinned(self, most: int) -> Chart:
         """The chart with at most ``most`` points a line."""
         panels = [
