@@ -18,8 +18,9 @@ check: $(READY)
 	cd web && npm run --silent check
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build
 
-# Python changes are seen at once (editable install); a change of the build or of web/ installs again.
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(shell find web -path web/node_modules -prune -o -type f -print)
+# Python changes are seen at once (editable install); new packages, the build and web/ install again.
+SOURCES := $(shell find src -name __init__.py) $(shell find web -path web/node_modules -prune -o -type f -print)
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch numpy scikit-build-core cmake ninja

@@ -1,0 +1,5 @@
+"""``python -m batchnorm`` is the command ``batchnorm``."""
+
+from batchnorm.cli import main
+
+main()
