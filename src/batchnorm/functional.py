@@ -13,7 +13,15 @@ from torch import Tensor
 from batchnorm import ops
 from batchnorm.ops import reference
 
-__all__ = ["ACTIVATIONS", "Moments", "TrainingResult", "batch_norm", "moments", "normalize"]
+__all__ = [
+    "ACTIVATIONS",
+    "Moments",
+    "TrainingResult",
+    "batch_norm",
+    "moments",
+    "normalize",
+    "update_running",
+]
 
 ACTIVATIONS = ops.ACTIVATIONS[1:]
 """The activations that are fused: :func:`torch.nn.functional.relu` and its like."""
@@ -192,6 +200,40 @@ def batch_norm(
     _check_count(count, x)
     y, mean, var, _ = ops.training_forward(x, weight, bias, residual, eps, code)
     return TrainingResult(y, Moments(mean, var, count))
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch: Moments,
+    momentum: float | None = 0.1,
+    num_batches: Tensor | None = None,
+) -> None:
+    r"""Move running statistics towards the moments of a batch, in place.
+
+    .. math::
+
+        \bar\mu \leftarrow (1 - w)\,\bar\mu + w\,\mu, \qquad
+        \bar\sigma^2 \leftarrow (1 - w)\,\bar\sigma^2 + w\,\tfrac{n}{n-1}\,\sigma^2
+
+    Args:
+        running_mean: :math:`\bar\mu` of shape (C,), float32 or float64.
+        running_var: :math:`\bar\sigma^2` of shape (C,), unbiased.
+        batch: Moments, as :func:`batch_norm` returns them: biased.
+        momentum: w, the weight of the batch. None: 1 over the number of batches.
+        num_batches: How many batches there were, one integer; it is raised by 1.
+
+    Example:
+        >>> import torch
+        >>> mean, var = torch.zeros(1), torch.ones(1)
+        >>> update_running(mean, var, moments(torch.tensor([[1.0], [3.0]])), momentum=0.5)
+        >>> mean.item(), var.item()
+        (1.0, 1.5)
+
+    References:
+        [P1] section 3.1 mentions the moving averages; the factor is that of Algorithm 2, line 10.
+    """
+    ops.update_running(running_mean, running_var, num_batches, *batch, momentum)
 
 
 def _check_input(x: Tensor) -> None:

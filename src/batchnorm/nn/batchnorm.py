@@ -54,48 +54,25 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """Return act(bn(x) + residual)."""
         self._check_input_dim(x)
-        mean, var = self.running_mean, self.running_var
+        # Looked up here, and once: an attribute of a module costs as much as a small operation.
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        weight, bias = self.weight, self.bias
         if not self.training and mean is not None and var is not None:
             return functional.normalize(
-                x,
-                mean,
-                var,
-                self.weight,
-                self.bias,
-                self.eps,
+                *(x, mean, var, weight, bias, self.eps),
                 residual=residual,
                 activation=self.activation,
             )
         y, moments = functional.batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.eps,
+            *(x, weight, bias, self.eps),
             residual=residual,
             activation=self.activation,
             mask=mask,
         )
-        if self.training and self.track_running_stats:
-            self._track(moments)
+        if self.training and self.track_running_stats and mean is not None and var is not None:
+            batches = self._buffers["num_batches_tracked"]
+            functional.update_running(mean, var, moments, self.momentum, batches)
         return y
-
-    def _track(self, moments: functional.Moments) -> None:
-        """Move the running statistics towards those of the batch; the variance is unbiased."""
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or var is None:
-            return
-        if batches is not None:
-            batches.add_(1)
-        weight: float | Tensor
-        if self.momentum is not None:
-            weight = self.momentum
-        elif batches is not None:
-            weight = batches.to(mean.dtype).reciprocal()
-        else:
-            weight = 0.0
-        bessel = moments.n / (moments.n - 1)
-        mean.lerp_(moments.mean.detach().to(mean.dtype), weight)
-        var.lerp_((moments.var.detach() * bessel).to(var.dtype), weight)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:

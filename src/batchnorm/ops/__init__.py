@@ -23,6 +23,9 @@ The schemas (`schemas.py` defines them, this is what they mean)::
                    Tensor? mean_dz, Tensor? mean_dz_xhat,
                    float eps, int activation)
         -> Tensor dx
+    update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches,
+                   Tensor mean, Tensor var, float n, float? momentum)
+        -> ()
 
 With σ = √(var+ε) and per channel: x̂ = (x−mean)/σ, z = weight·x̂ + bias + residual,
 y = act(z), dz = dy·act′(z)::
@@ -33,6 +36,11 @@ y = act(z), dz = dy·act′(z)::
 
 where ``mean_dz`` and ``mean_dz_xhat`` are the two sums over the number of values per
 channel (over all ranks, when synchronised). Both absent: the statistics were constants.
+
+``update_running`` adds 1 to ``num_batches`` (int64, one value), and with w = momentum, or
+1/``num_batches`` without one (0 when there is neither), replaces ``running_mean`` by
+running_mean + w·(mean − running_mean) and ``running_var`` by the same with var·n/(n−1), ``n``
+being the number of values per channel. The running statistics are float32 or float64.
 
 **Shapes and layouts.** ``x`` is (N, C, \*), two or more axes, not empty. *Contiguous* and
 *channels last* of any rank (``x.movedim(1, -1).is_contiguous()``) are kept: ``y``, ``dx``
@@ -88,6 +96,7 @@ from batchnorm.ops.autograd import (
     normalize,
     training_backward,
     training_forward,
+    update_running,
 )
 from batchnorm.ops.reference import ACTIVATIONS
 
@@ -100,4 +109,5 @@ __all__ = [
     "normalize",
     "training_backward",
     "training_forward",
+    "update_running",
 ]

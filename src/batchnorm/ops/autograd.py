@@ -137,7 +137,13 @@ class _TrainingForward(_Function):
         x, mean, _, weight, bias = saved[:5]
         dx = dweight = dbias = dresidual = None
         if dy is not None:
-            dx, dresidual, dweight, dbias = training_backward(dy, *saved, ctx.eps, ctx.activation)
+            arguments = (dy, *saved, ctx.eps, ctx.activation)
+            if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+                dx, dresidual, dweight, dbias = reference.training_backward(*arguments)
+            else:
+                with _below_autograd():
+                    gradients = _ops.training_backward.default(*arguments)
+                dx, dresidual, dweight, dbias = gradients
             if ctx.activation == NONE:
                 dresidual = dy
         if dmean is not None or dvar is not None:
@@ -277,6 +283,25 @@ moments = _piece("moments", reference.moments)
 backward_sums = _piece("backward_sums", reference.backward_sums)
 backward_apply = _piece("backward_apply", reference.backward_apply)
 training_backward = _piece("training_backward", reference.training_backward)
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    n: int | Tensor,
+    momentum: float | None,
+) -> None:
+    """Move running statistics towards those of a batch, in place."""
+    arguments = (running_mean, running_var, num_batches, mean, var, n, momentum)
+    # A compiler fuses plain operations; and no op takes a number of values that is a tensor.
+    if torch.compiler.is_compiling() or isinstance(n, Tensor):
+        reference.update_running(*arguments)
+    else:
+        _ops.update_running.default(*arguments)
+
 
 library.impl("training_forward", _TrainingForward.apply_here, "Autograd")
 library.impl("normalize", _Normalize.apply_here, "Autograd")

@@ -350,3 +350,26 @@ def moments_backward(x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor
         centred = preactivation(x, mean, torch.ones_like(mean), None, None, None, 0.0)
         dx = dx + per_channel((2 * dvar / count).to(dtype), x) * centred
     return dx.to(x.dtype)
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    n: float | Tensor,
+    momentum: float | None,
+) -> None:
+    """Average a batch into the running statistics, in place; the variance unbiased.
+
+    Without momentum the average is cumulative.
+    """
+    weight: float | Tensor = 0.0 if momentum is None else momentum
+    if num_batches is not None:
+        num_batches.add_(1)
+        if momentum is None:
+            weight = num_batches.to(running_mean.dtype).reciprocal()
+    unbiased = var.detach() * (n / (n - 1))
+    running_mean.lerp_(mean.detach().to(running_mean.dtype), weight)
+    running_var.lerp_(unbiased.to(running_var.dtype), weight)

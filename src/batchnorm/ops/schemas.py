@@ -211,6 +211,13 @@ def _batched(op: Any, argument_kinds: str, result_kinds: str) -> Callable[..., A
     return rule
 
 
+library.define(
+    "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches, "
+    "Tensor mean, Tensor var, float n, float? momentum) -> ()"
+)
+library.impl("update_running", reference.update_running, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::update_running", lambda *_: None, lib=library)
+
 for _schema, _arguments, _results, _reference, _fake in _OPS:
     library.define(_schema)
     _name = _schema[: _schema.index("(")]
