@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.records import Run
+from batchnorm.records import Record, Run
 from batchnorm.studies.compare import compare
 from batchnorm.studies.instruments import PROBES
 from batchnorm.studies.models import build_arm
@@ -14,6 +14,7 @@ from batchnorm.studies.settings import CompareSettings
 from batchnorm.studies.tasks import load_task
 from batchnorm.studies.trainer import Trainer
 from batchnorm.transforms.dataflow import preserved
+from tests import tolerances
 
 
 class Network(nn.Module):
@@ -67,6 +68,34 @@ def test_weights_are_bitwise_the_same_with_all_probes_and_with_none(
     assert measured.keys() == plain.keys()
     for name, value in measured.items():
         assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize("model", [MODEL, "mlp"])
+def test_a_probe_measures_the_same_alone_and_among_others(tmp_path: Path, model: str) -> None:
+    def records(names: tuple[str, ...]) -> list[Record]:
+        settings = CompareSettings(
+            model=model, steps=6, every=3, seeds=1, lr=(0.05,), norm=("batch",), probes=names
+        )
+        run, _ = compare(settings, tmp_path / "-".join(names))
+        return list(run.cells[0].records)
+
+    together = records(tuple(PROBES))
+    for name in PROBES:
+        alone = records((name,))
+        quantities = {record.quantity for record in alone}
+        assert quantities
+        assert alone == [record for record in together if record.quantity in quantities], name
+
+
+def test_the_input_of_a_nonlinearity_behind_batch_norm_is_normalised(tmp_path: Path) -> None:
+    run, _ = compare(
+        CompareSettings(steps=1, seeds=1, lr=(0.1,), norm=("batch",)), tmp_path / "run"
+    )
+    for layer in run.cells[0].layers[:-1]:
+        mean = run.cells[0].series("activation/mean", layer)[0]
+        std = run.cells[0].series("activation/std", layer)[0]
+        assert abs(mean) < tolerances.SINGLE
+        assert abs(std - 1) < tolerances.EPSILON
 
 
 def test_a_probe_that_fails_leaves_the_model_as_it_was() -> None:

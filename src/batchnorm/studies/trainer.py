@@ -220,8 +220,10 @@ class Trainer:
         watched = [m for probe in due for m in probe.modules(self.model, self.layers)]
         self.optimizer.zero_grad()
         # After the last update nothing may move any more, running statistics included.
-        with preserved(self.model) if last else nullcontext(), observe(watched) as step.seen:
-            loss = self.task.loss(self.model(step.x), step.y)
+        with preserved(self.model) if last else nullcontext():
+            with observe(watched) as step.seen:
+                output = self.model(step.x)
+            loss = self.task.loss(output, step.y)
             step.loss = float(loss.detach())
             loss.backward()
             self._count("train", started)
