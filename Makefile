@@ -15,6 +15,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
 	cd web && npm run --silent check
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build
 

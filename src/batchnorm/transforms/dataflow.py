@@ -119,15 +119,21 @@ class preserved:
         """Take the snapshot."""
         self._random = torch.get_rng_state()
         self._modes = [(module, module.training) for module in self._model.modules()]
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in self._model.buffers()]
+        # By owner and name: some modules replace a buffer instead of writing to it.
+        self._buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in self._model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
     def __exit__(self, *error: object) -> None:
         """Put everything back."""
         for module, training in self._modes:
             module.training = training
         with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
+            for owner, name, buffer, value in self._buffers:
+                owner._buffers[name] = buffer.copy_(value)
         torch.set_rng_state(self._random)
 
 
