@@ -62,8 +62,9 @@ export function readout(
     const rows = panel.lines.flatMap((line) => {
       const i = at(line, x);
       const arm = arms[line.arm];
-      if (i < 0 || !arm) return [];
-      return [{ arm, text: withBand(chart.y, line.y?.[i], line.low?.[i], line.high?.[i]) }];
+      if (!arm) return [];
+      if (i >= 0) return [{ arm, text: withBand(chart.y, line.y?.[i], line.low?.[i], line.high?.[i]) }];
+      return line.ends?.some((end) => end.x <= x) ? [{ arm, text: "diverged" }] : [];
     });
     tip.replaceChildren(
       element("strong", {}, where),
@@ -75,8 +76,12 @@ export function readout(
     );
     tip.hidden = false;
     const room = holder.clientWidth - tip.offsetWidth;
-    const beside = left + 12 <= room ? left + 12 : left - tip.offsetWidth - 12;
-    tip.style.left = `${Math.max(0, Math.min(beside, room))}px`;
+    // Beside the place where there is room, otherwise in the half that the place is not in.
+    const before = left - tip.offsetWidth - 12;
+    const away = left < holder.clientWidth / 2 ? room : 0;
+    const beside = left + 12 <= room ? left + 12 : before >= 0 ? before : away;
+    tip.style.top = `${plot.getBoundingClientRect().top - holder.getBoundingClientRect().top + 6}px`;
+    tip.style.left = `${beside}px`;
     for (const end of ["x1", "x2"]) cross.setAttribute(end, String(left));
     cross.setAttribute("visibility", "visible");
     if (aloud) say(`${where}: ${rows.map(({ arm, text }) => `${arm.label} ${text}`).join("; ")}`);

@@ -45,9 +45,11 @@ def _ends(series: Series | None) -> tuple[float, float] | None:
     return (float(values[0]), float(values[-1])) if len(values) else None
 
 
-def _relation(values: list[float], than: list[Arm], what: str) -> str:
-    """How two numbers compare; nothing for more or fewer than two, or without a sign of both."""
+def _relation(grid: Grid, rate: float, values: list[float], than: list[Arm], what: str) -> str:
+    """How two numbers compare, where both arms went the whole way; nothing for more or fewer."""
     if len(values) != 2 or min(values) < 0 or not max(values):
+        return ""
+    if any(cell.manifest["state"] != "done" for arm in than for cell in grid.at(arm, rate)):
         return ""
     (one, two), (first, second) = values, than
     if min(values) >= 0.8 * max(values):
@@ -150,8 +152,10 @@ def shift(grid: Grid, rate: float, quantity: str) -> str:
     said = _joined(parts, f"Median {what} over all steps and all layers but the first: ")
     if what == "cosine":
         # A larger cosine is a smaller shift: compare the distance from 1.
-        return said + _relation([1 - value for value in values], arms, "By this measure the shift")
-    return said + _relation(values, arms, "By this measure the shift")
+        return said + _relation(
+            grid, rate, [1 - value for value in values], arms, "By this measure the shift"
+        )
+    return said + _relation(grid, rate, values, arms, "By this measure the shift")
 
 
 def _median_of(
@@ -180,7 +184,7 @@ def loss_variation(grid: Grid, rate: float) -> str:
     values, arms = _median_of(grid, rate, variation)
     parts = [f"{number(value)} {arm.phrase}" for value, arm in zip(values, arms, strict=True)]
     said = _joined(parts, "Largest loss divided by smallest, median over the steps: ")
-    return said + _relation([v - 1 for v in values], arms, "The variation")
+    return said + _relation(grid, rate, [v - 1 for v in values], arms, "The variation")
 
 
 def predictiveness(grid: Grid, rate: float) -> str:
@@ -193,7 +197,7 @@ def predictiveness(grid: Grid, rate: float) -> str:
     values, arms = _median_of(grid, rate, upper)
     parts = [f"{number(value)} {arm.phrase}" for value, arm in zip(values, arms, strict=True)]
     said = _joined(parts, "Upper edge of the band, median over the steps: ")
-    return said + _relation(values, arms, "The change of the gradient")
+    return said + _relation(grid, rate, values, arms, "The change of the gradient")
 
 
 def smoothness(grid: Grid, rate: float) -> str:

@@ -12,7 +12,8 @@ def number(value: float, digits: int = 3) -> str:
     size = abs(value)
     if size >= 10**digits and size < 1e6:
         return f"{value:,.0f}".replace("-", "−")
-    return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    return (f"{mantissa}e{int(exponent)}" if exponent else mantissa).replace("-", "−")
 
 
 def percent(value: float) -> str:
