@@ -13,7 +13,7 @@ EPSILON = 0.02
 """Absolute, batch norm's output variance σ²/(σ²+ε) against 1, for σ² above 1e-3 and ε = 1e-5."""
 
 EXACT_STANDARD = 2e-6
-"""Absolute, float32 y of standardised input against float64: a dozen roundings of 6e-8 at |y| < 6."""
+"""Absolute, float32 y of standardised input against float64: a dozen roundings of 6e-8, |y| < 6."""
 
 EXACT_OFFSET = 2e-6
 """Absolute, the same at mean/std 1e3: the mean is split, so that x − mean loses nothing."""

@@ -114,7 +114,10 @@ def test_own_network_and_data(tmp_path: Path) -> None:
 
 def test_edited_code_is_a_new_cell(tmp_path: Path) -> None:
     script = tmp_path / "own_network_for_test.py"
-    text = "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    text = (
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
     hashes = []
     for content in (text, text + "# edited\n"):
         script.write_text(content)

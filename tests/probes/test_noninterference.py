@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests import tolerances
 from torch import nn
 
 from batchnorm.records import Record, Run
@@ -14,7 +15,6 @@ from batchnorm.studies.settings import CompareSettings
 from batchnorm.studies.tasks import load_task
 from batchnorm.studies.trainer import Trainer
 from batchnorm.transforms.dataflow import preserved
-from tests import tolerances
 
 
 class Network(nn.Module):
