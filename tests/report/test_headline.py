@@ -129,6 +129,7 @@ def test_regression_is_judged_by_its_loss(builder: Builder) -> None:
     summary = summarize(builder.run())
     race = summary.race("batch", "none", 0.1)
     assert summary.measure == "test loss"
+    assert summary.measured_every == 10
     assert not summary.higher_is_better
     assert race is not None
     assert race.steps == {0: 10}

@@ -65,7 +65,10 @@ function marks(line: Line, arm: Arm, chart: Chart, log: boolean, domain: [number
     if (chart.shape === "step")
       made.push(Plot.areaY(data, { x: "x", y: "y", fill: arm.color, fillOpacity: 0.17, curve, clip: true }));
     made.push(Plot.lineY(data, { x: "x", y: "y", strokeWidth: 2, ...stroke }));
-    made.push(Plot.dot(chart.dots ? data : alone(data), { x: "x", y: "y", r: 3, fill: arm.color, clip: true }));
+    const dots = (chart.dots ? data : alone(data)).filter(
+      ({ y }) => y !== null && y >= domain[0] && y <= domain[1],
+    );
+    made.push(Plot.dot(dots, { x: "x", y: "y", r: 3, fill: arm.color }));
     if (chart.dots && line.low && line.high)
       made.push(Plot.ruleX(data, { x: "x", y1: "low", y2: "high", stroke: arm.color, strokeWidth: 1.5, clip: true }));
   }
@@ -92,9 +95,15 @@ function xTicks(chart: Chart, width: number): { ticks?: number[]; tickFormat: (v
   return { ticks: places.filter((_, i) => i % every === 0), tickFormat: String };
 }
 
-/** Few enough places on a log axis to label them all: powers of ten, or some of each. */
+/** Few enough places on a log axis to label them all: powers of ten, some of each, or even steps. */
 function logTicks([low, high]: [number, number]): number[] {
   const decades = Math.log10(high / low);
+  if (decades < 0.3) {
+    const size = 10 ** Math.floor(Math.log10(high - low));
+    const step = size * ((high - low) / size > 4 ? 2 : (high - low) / size > 2 ? 1 : 0.5);
+    const first = Math.ceil(low / step);
+    return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => (first + i) * step);
+  }
   const steps = decades >= 2.5 ? [1] : decades >= 0.8 ? [1, 2, 5] : [1, 1.5, 2, 3, 5, 7];
   const every = Math.ceil(decades / 6);
   const ticks: number[] = [];
@@ -132,7 +141,7 @@ export function draw(chart: Chart, panel: Panel, arms: Arm[], width: number, des
       label: null,
       grid: true,
       ticks: log ? logTicks(domain) : 5,
-      tickFormat: (value: number) => onAxis(chart.y, value),
+      tickFormat: (value: number) => onAxis(chart.y, value, 5),
     },
     marks: [
       Plot.axisX({ ...xTicks(chart, width - 66), tickSize: 4, labelArrow: "none", label: chart.x.label }),

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from batchnorm.records import Cell, Run
@@ -79,10 +80,16 @@ class Race:
 
 @dataclass(frozen=True)
 class Summary:
-    """The headline of a study, as numbers and as sentences."""
+    """The headline of a study, as numbers and as sentences.
+
+    ``measured_every`` is the stride in which steps are counted: between two measurements nothing
+    is known. ``reference`` is the arm that others are compared with, and ``reference_rate`` the
+    learning rate that suited it best.
+    """
 
     study: str
     measure: str
+    measured_every: int | None
     higher_is_better: bool
     arms: list[str]
     reference: str | None
@@ -145,6 +152,7 @@ def summarize(run: Run) -> Summary:
     summary = Summary(
         study=str(run.study["study"]),
         measure="test accuracy" if accuracy else "test loss",
+        measured_every=_stride(grid, quantity),
         higher_is_better=accuracy,
         arms=names,
         reference=reference,
@@ -177,6 +185,11 @@ def probe_share(cells: Sequence[Cell]) -> float | None:
     """Share of all time that the probes took; ``None`` before anything was timed."""
     total = sum(float(cell.manifest["timing"].get("total", 0)) for cell in cells)
     return sum(sum(probe_seconds(cell).values()) for cell in cells) / total if total else None
+
+
+def _stride(grid: Grid, quantity: str) -> int | None:
+    steps = [sorted(cell.series(quantity)) for cell in grid.cells]
+    return min((b - a for one in steps for a, b in pairwise(one)), default=None)
 
 
 def _progress(grid: Grid) -> dict[str, int]:

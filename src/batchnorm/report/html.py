@@ -352,6 +352,8 @@ def _outcomes(grid: Grid, summary: Summary) -> str:
                 f"style='--arm:var(--arm-{i})'></span>{escape(arm.label)}</th>"
                 f"{''.join(_cell(cell) for cell in cells)}</tr>"
             )
+    every = summary.measured_every
+    stride = f" (measured every {plural(every, 'step')})" if every else ""
     heads = [
         "learning rate",
         "network",
@@ -364,8 +366,8 @@ def _outcomes(grid: Grid, summary: Summary) -> str:
     header = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="All figures">'
-        "<table><caption>All learning rates. Steps: median and range over the seeds; final and "
-        "best: mean and range. Stable: every seed ended finite with a final training loss below "
+        f"<table><caption>All learning rates. Steps: median and range over the seeds{stride}; "
+        "final and best: mean and range. Stable: every seed ended finite with a final training loss below "
         f"its starting one.</caption><thead><tr>{header}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
