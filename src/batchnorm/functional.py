@@ -135,7 +135,8 @@ def normalize(
     check_eps(eps)
     if x.numel() == 0:
         return x.clone()
-    return ops.normalize(x, mean, var, weight, bias, residual, eps, code)
+    y: Tensor = ops.normalize(x, mean, var, weight, bias, residual, eps, code)
+    return y
 
 
 def batch_norm(

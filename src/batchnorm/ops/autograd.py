@@ -2,50 +2,40 @@
 
 A first backward is one op over what forward saved. Where somebody will differentiate it in
 turn (``create_graph=True``, ``torch.func``) it is the reference instead, whose differentiable
-operations are over the same saved inputs and outputs; the ops of the backward do the same when
-they are differentiated on their own.
+operations are over the same saved inputs and outputs. Forward mode takes the reference from the
+start: autograd runs a custom jvp with forward mode off, so that a jvp of a jvp would silently
+lose its outer tangent.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 
 from batchnorm.ops import reference
-from batchnorm.ops.reference import (
-    NONE,
-    compute_dtype,
-    moments_backward,
-    per_channel,
-    preactivation,
-    reduction_axes,
-    slope,
-    uses_gate,
-)
+from batchnorm.ops.reference import NONE, uses_gate
 from batchnorm.ops.schemas import NAMESPACE, library
 
 _ops = getattr(torch.ops, NAMESPACE)
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_in_torch_func = torch._C._are_functorch_transforms_active
 
 
-def _is_differentiated(*tensors: Tensor | None) -> bool:
-    return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+def _is_differentiated_again() -> bool:
+    """Tell, in a backward, whether what it computes is differentiated in turn."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 class _Function(torch.autograd.Function):
-    # vmap runs forward, backward and jvp on batched tensors, which the ops and torch handle.
+    # vmap runs forward and backward on batched tensors, which the ops and torch handle.
     generate_vmap_rule = True
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if _in_torch_func():
             return super().apply(*args)  # type: ignore[no-untyped-call]
         return cls.apply_here(*args)
 
@@ -59,45 +49,72 @@ class _Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-@contextmanager
-def _differentiable_jvp(ctx: Any) -> Iterator[list[Any]]:
-    """Yield what was saved, and let jvp be differentiated forward.
+class _Op:
+    """One op, and which of its forms a call takes."""
 
-    Autograd runs jvp with forward mode off, and a jvp of a jvp would lose its outer tangent.
-    """
-    primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
-    with forward_ad._set_fwd_grad_enabled(True):
-        yield primals
+    def __init__(
+        self, name: str, composite: Callable[..., Any], function: type[_Function] | None = None
+    ) -> None:
+        self._op = getattr(_ops, name).default
+        self._composite = composite
+        self._apply = composite if function is None else function.apply
+        self._apply_here = composite if function is None else function.apply_here
+        library.impl(name, self._at_autograd, "Autograd")
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._op(*args)
+        if forward_ad._current_level >= 0:
+            return self._composite(*args)
+        if _in_torch_func() or _requires_grad(args):
+            return self._apply(*args)
+        with _below_autograd():
+            return self._op(*args)
+
+    def _at_autograd(self, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            return self._composite(*args)
+        if not _requires_grad(args):
+            with _below_autograd():
+                return self._op(*args)
+        if not _in_torch_func():
+            return self._apply_here(*args)
+        with autograd_function.enable_single_level_autograd_function():  # type: ignore[no-untyped-call]
+            return self._apply_here(*args)
 
 
-def _tangent(
-    primals: Sequence[Any], tangents: Sequence[Tensor | None], eps: float, activation: int
-) -> Tensor:
-    """Return the tangent of y = normalize(*primals, eps, activation)."""
-    x, mean, var, weight, bias, residual = primals
-    x_t, mean_t, var_t, weight_t, bias_t, residual_t = tangents
-    dtype = compute_dtype(x)
+def _requires_grad(args: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for value in args:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
-    def vector(v: Tensor) -> Tensor:
-        return per_channel(v.to(dtype), x)
 
-    xhat = preactivation(x, mean, var, None, None, None, eps)
-    z_t = torch.zeros_like(xhat) if x_t is None else x_t.to(dtype)
-    if mean_t is not None:
-        z_t = z_t - vector(mean_t)
-    z_t = z_t * vector(torch.rsqrt(var + eps))
-    if var_t is not None:
-        z_t = z_t - xhat * vector(0.5 * var_t / (var + eps))
-    if weight is not None:
-        z_t = z_t * vector(weight)
-    if weight_t is not None:
-        z_t = z_t + xhat * vector(weight_t)
-    if bias_t is not None:
-        z_t = z_t + vector(bias_t)
-    if residual_t is not None:
-        z_t = z_t + residual_t
-    z = preactivation(x, mean, var, weight, bias, residual, eps)
-    return (z_t * slope(z, activation)).to(x.dtype)
+def _moments_backward(x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None) -> Tensor:
+    """Return (dmean + 2·dvar·(x − mean))/n, which is a normalisation of x."""
+    n = x.numel() // x.shape[1]
+    weight = torch.zeros_like(mean) if dvar is None else 2 * dvar / n
+    bias = None if dmean is None else dmean / n
+    dx: Tensor = normalize(x, mean, torch.ones_like(mean), weight, bias, None, 0.0, NONE)
+    return dx
+
+
+class _Moments(_Function):
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        with _below_autograd():
+            return _ops.moments.default(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None) -> Tensor:
+        x, mean = ctx.saved_tensors
+        return _moments_backward(x, mean, dmean, dvar)
 
 
 class _TrainingForward(_Function):
@@ -120,7 +137,6 @@ class _TrainingForward(_Function):
         ctx.mark_non_differentiable(gate)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
-        ctx.save_for_forward(x, weight, bias, residual, mean, var)
         if uses_gate(residual, ctx.activation):
             residual = None
         else:
@@ -138,7 +154,7 @@ class _TrainingForward(_Function):
         dx = dweight = dbias = dresidual = None
         if dy is not None:
             arguments = (dy, *saved, ctx.eps, ctx.activation)
-            if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            if _is_differentiated_again():
                 dx, dresidual, dweight, dbias = reference.training_backward(*arguments)
             else:
                 with _below_autograd():
@@ -147,7 +163,7 @@ class _TrainingForward(_Function):
             if ctx.activation == NONE:
                 dresidual = dy
         if dmean is not None or dvar is not None:
-            through_moments = moments_backward(x, mean, dmean, dvar)
+            through_moments = _moments_backward(x, mean, dmean, dvar)
             dx = through_moments if dx is None else dx + through_moments
         return (
             dx,
@@ -157,27 +173,6 @@ class _TrainingForward(_Function):
             None,
             None,
         )
-
-    @staticmethod
-    def jvp(
-        ctx: Any,
-        x_t: Tensor | None,
-        weight_t: Tensor | None,
-        bias_t: Tensor | None,
-        residual_t: Tensor | None,
-        *_: None,
-    ) -> tuple[Tensor | None, ...]:
-        with _differentiable_jvp(ctx) as (x, weight, bias, residual, mean, var):
-            mean_t, var_t = torch.zeros_like(mean), torch.zeros_like(var)
-            if x_t is not None:
-                axes = reduction_axes(x)
-                mean_t = x_t.mean(axes, dtype=mean.dtype)
-                centred = preactivation(x, mean, torch.ones_like(var), None, None, None, 0.0)
-                var_t = 2 * (centred * x_t).mean(axes, dtype=var.dtype)
-            primals = (x, mean, var, weight, bias, residual)
-            tangents = (x_t, mean_t, var_t, weight_t, bias_t, residual_t)
-            y_t = _tangent(primals, tangents, ctx.eps, ctx.activation)
-        return y_t, mean_t, var_t, None
 
 
 class _Normalize(_Function):
@@ -199,7 +194,6 @@ class _Normalize(_Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.eps, ctx.activation = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -226,63 +220,13 @@ class _Normalize(_Function):
             dresidual = dy
         return dx, dmean, dvar, dweight, dbias, dresidual, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        with _differentiable_jvp(ctx) as primals:
-            return _tangent(primals, tangents[:6], ctx.eps, ctx.activation)
 
-
-def training_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalise by the moments of the batch: y, mean, var and the gate."""
-    if torch.compiler.is_compiling():
-        return _ops.training_forward.default(x, weight, bias, residual, eps, activation)  # type: ignore[no-any-return]
-    return _TrainingForward.apply(x, weight, bias, residual, eps, activation)  # type: ignore[no-any-return]
-
-
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: int,
-) -> Tensor:
-    """Normalise by given statistics."""
-    if torch.compiler.is_compiling():
-        return _ops.normalize.default(x, mean, var, weight, bias, residual, eps, activation)  # type: ignore[no-any-return]
-    if _is_differentiated(x, mean, var, weight, bias, residual):
-        return _Normalize.apply(x, mean, var, weight, bias, residual, eps, activation)  # type: ignore[no-any-return]
-    with _below_autograd():
-        return _ops.normalize.default(x, mean, var, weight, bias, residual, eps, activation)  # type: ignore[no-any-return]
-
-
-def _piece(name: str, composite: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the op, or where it is differentiated its composite."""
-    op = getattr(_ops, name).default
-
-    def call(*args: Any) -> Any:
-        if _is_differentiated(*(a for a in args if isinstance(a, Tensor))):
-            return composite(*args)
-        with _below_autograd():
-            return op(*args)
-
-    library.impl(name, call, "Autograd")
-    return lambda *args: op(*args) if torch.compiler.is_compiling() else call(*args)
-
-
-moments = _piece("moments", reference.moments)
-backward_sums = _piece("backward_sums", reference.backward_sums)
-backward_apply = _piece("backward_apply", reference.backward_apply)
-training_backward = _piece("training_backward", reference.training_backward)
+moments = _Op("moments", reference.moments, _Moments)
+normalize = _Op("normalize", reference.normalize, _Normalize)
+training_forward = _Op("training_forward", reference.training_forward, _TrainingForward)
+training_backward = _Op("training_backward", reference.training_backward)
+backward_sums = _Op("backward_sums", reference.backward_sums)
+backward_apply = _Op("backward_apply", reference.backward_apply)
 
 
 def update_running(
@@ -301,7 +245,3 @@ def update_running(
         reference.update_running(*arguments)
     else:
         _ops.update_running.default(*arguments)
-
-
-library.impl("training_forward", _TrainingForward.apply_here, "Autograd")
-library.impl("normalize", _Normalize.apply_here, "Autograd")

@@ -339,19 +339,6 @@ def training_backward(
     return dx, dz, sum_dz_xhat.to(dtype), sum_dz.to(dtype)
 
 
-def moments_backward(x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None) -> Tensor:
-    """Return dx = (dmean + 2·dvar·(x − mean))/n."""
-    count = x.numel() // x.shape[1]
-    dtype = compute_dtype(x)
-    dx = torch.zeros_like(x, dtype=dtype)
-    if dmean is not None:
-        dx = dx + per_channel((dmean / count).to(dtype), x)
-    if dvar is not None:
-        centred = preactivation(x, mean, torch.ones_like(mean), None, None, None, 0.0)
-        dx = dx + per_channel((2 * dvar / count).to(dtype), x) * centred
-    return dx.to(x.dtype)
-
-
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
