@@ -76,6 +76,7 @@ class Builder:
                     "shape": [64],
                     "outputs": 10,
                     "batch_size": 60,
+                    "constant_loss": 2.3,
                     "note": "",
                 },
                 "versions": {"batchnorm": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},

@@ -42,8 +42,8 @@ class Outcome:
     """How one arm ended at one learning rate.
 
     ``best`` is the best value of the measure seen during training, ``final`` the last one.
-    ``stable``: every seed ended finite, with a final training loss below its starting one;
-    ``None`` while a seed has not ended. ``guessing``: the mean final accuracy is within three
+    ``stable``: every seed ended with a training loss below that of the best answer that ignores
+    the input; ``None`` while a seed has not ended or where that loss was not measured. ``guessing``: the mean final accuracy is within three
     standard errors of what guessing gives, or below; a network can be stable and yet not learn.
     """
 
@@ -211,10 +211,12 @@ def _finite(values: dict[int, float]) -> dict[int, float]:
 def _stable(cell: Cell) -> bool | None:
     if not ended(cell):
         return None
-    losses = cell.series("train/loss") or cell.series("batch/loss")
-    if cell.manifest["state"] == "diverged" or not losses:
+    if cell.manifest["state"] == "diverged":
         return False
-    return math.isfinite(losses[max(losses)]) and losses[max(losses)] < losses[min(losses)]
+    losses = cell.series("train/loss")
+    if not losses:
+        return None
+    return losses[max(losses)] < float(cell.manifest["task"]["constant_loss"])
 
 
 def _best(values: dict[int, float], sign: int) -> tuple[int, float]:
@@ -236,7 +238,8 @@ def _outcome(grid: Grid, arm: Arm, lr: float, quantity: str, sign: int) -> Outco
         if values:
             final[seed] = values[max(values)]
             when[seed], best[seed] = _best(values, sign)
-    verdict = all(stable) if False in stable or len(stable) == len(grid.seeds) else None
+    known = None not in stable and len(stable) == len(grid.seeds)
+    verdict = False not in stable if False in stable or known else None
     return Outcome(
         arm=arm.name,
         lr=lr,

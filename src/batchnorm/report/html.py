@@ -367,8 +367,8 @@ def _outcomes(grid: Grid, summary: Summary) -> str:
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="All figures">'
         f"<table><caption>All learning rates. Steps: median and range over the seeds{stride}; "
-        "final and best: mean and range. Stable: every seed ended finite with a final training "
-        f"loss below its starting one.</caption><thead><tr>{header}</tr></thead>"
+        "final and best: mean and range. Stable: every seed ended with a training loss below "
+        f"that of the best answer that ignores the input.</caption><thead><tr>{header}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

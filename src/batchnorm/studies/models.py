@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from batchnorm.transforms.dataflow import LINEAR_TYPES, preserved
 from batchnorm.transforms.insert import insert
 from batchnorm.transforms.replace import replace
 
-__all__ = ["MODELS", "Arm", "Shape", "build_arm"]
+__all__ = ["MODELS", "Arm", "build_arm"]
 
 Shape = tuple[int, ...]
+_Parts = dict[str, nn.Module]  # named modules, one after the other
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -33,21 +35,31 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _dense(inputs: int, outputs: int, norm: str, activation: str) -> nn.Sequential:
+def _dense(name: str, inputs: int, outputs: int, norm: str, activation: str) -> _Parts:
     """Z = g(BN(Wu)): the bias is left to β ([P1] Section 3.2)."""
-    return nn.Sequential(
-        nn.Linear(inputs, outputs, bias=norm != "batch"),
-        make_norm(norm, outputs, 0),
-        _ACTIVATIONS[activation](),
-    )
+    return {
+        name: nn.Linear(inputs, outputs, bias=norm != "batch"),
+        f"{name}_norm": make_norm(norm, outputs, 0),
+        f"{name}_activation": _ACTIVATIONS[activation](),
+    }
 
 
-def _conv(inputs: int, outputs: int, norm: str, activation: str, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=norm != "batch"),
-        make_norm(norm, outputs, 2),
-        _ACTIVATIONS[activation](),
-    )
+def _conv(
+    name: str, inputs: int, outputs: int, norm: str, activation: str, stride: int = 1
+) -> _Parts:
+    return {
+        name: nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=norm != "batch"),
+        f"{name}_norm": make_norm(norm, outputs, 2),
+        f"{name}_activation": _ACTIVATIONS[activation](),
+    }
+
+
+def _classifier(channels: int, outputs: int) -> _Parts:
+    return {
+        "mean": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "output": nn.Linear(channels, outputs),
+    }
 
 
 def _image(name: str, shape: Shape, smallest: int) -> int:
@@ -67,11 +79,15 @@ def mlp(
     depth: int | None = None,
     width: int | None = None,
     activation: str | None = None,
-) -> nn.Sequential:
+) -> nn.Module:
     """Fully connected: by default three layers of 100 sigmoid units, as in [P1] Section 4.1."""
-    sizes = [torch.Size(shape).numel(), *[width or 100] * (depth or 3)]
-    hidden = [_dense(a, b, norm, activation or "sigmoid") for a, b in pairwise(sizes)]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], outputs))
+    parts: _Parts = {"flatten": nn.Flatten()}
+    units = math.prod(shape)
+    for layer in range(1, (depth or 3) + 1):
+        size = width or 100
+        parts |= _dense(f"hidden{layer}", units, size, norm, activation or "sigmoid")
+        units = size
+    return nn.Sequential(OrderedDict(**parts, output=nn.Linear(units, outputs)))
 
 
 def linear(
@@ -81,7 +97,7 @@ def linear(
     depth: int | None = None,
     width: int | None = None,
     activation: str | None = None,
-) -> nn.Sequential:
+) -> nn.Module:
     """Deep linear network: by default 25 layers ([P2] Section 3), the last without a norm."""
     return mlp(shape, outputs, norm, (depth or 25) - 1, width or outputs, activation or "identity")
 
@@ -93,17 +109,15 @@ def cnn(
     depth: int | None = None,
     width: int | None = None,
     activation: str | None = None,
-) -> nn.Sequential:
+) -> nn.Module:
     """Plain convolutions: by default four, every second of which halves the image."""
-    channels, width = _image("cnn", shape, 4), width or 16
-    layers = []
+    channels, width, activation = _image("cnn", shape, 4), width or 16, activation or "relu"
+    parts: _Parts = {}
     for layer in range(depth or 4):
         stride = 2 if layer % 2 and min(shape[1:]) >> (layer // 2) > 2 else 1
-        layers.append(_conv(channels, width, norm, activation or "relu", stride))
+        parts |= _conv(f"conv{layer + 1}", channels, width, norm, activation, stride)
         channels = width
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
-    )
+    return nn.Sequential(OrderedDict(parts | _classifier(channels, outputs)))
 
 
 _VGG = {13: (2, 2, 3, 3, 3), 16: (2, 2, 4, 4, 4)}  # convolutions before each halving: VGG-D, VGG-E
@@ -116,24 +130,24 @@ def vgg(
     depth: int | None = None,
     width: int | None = None,
     activation: str | None = None,
-) -> nn.Sequential:
+) -> nn.Module:
     """VGG for 32×32: 13 convolutions (VGG-D) or 16 (VGG-E) and one classifier layer.
 
     [P2] names layers up to 13 in its figures, so its "VGG-like" network had at least so many.
     """
-    channels, width = _image("vgg", shape, 32), width or 64
+    channels, width, activation = _image("vgg", shape, 32), width or 64, activation or "relu"
     if (depth or 13) not in _VGG:
         raise SettingsError(f"depth={depth} is not a depth of vgg: choose 13 or 16 convolutions.")
-    layers: list[nn.Module] = []
+    parts: _Parts = {}
+    layer = 0
     for stage, convolutions in enumerate(_VGG[depth or 13]):
+        size = width * min(2**stage, 8)
         for _ in range(convolutions):
-            size = width * min(2**stage, 8)
-            layers.append(_conv(channels, size, norm, activation or "relu"))
+            layer += 1
+            parts |= _conv(f"conv{layer}", channels, size, norm, activation)
             channels = size
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
-    )
+        parts[f"pool{stage + 1}"] = nn.MaxPool2d(2)
+    return nn.Sequential(OrderedDict(parts | _classifier(channels, outputs)))
 
 
 class _ResidualBlock(nn.Module):
@@ -141,18 +155,20 @@ class _ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, norm: str, activation: str, stride: int) -> None:
         super().__init__()
-        self.first = _conv(inputs, outputs, norm, activation, stride)
-        self.second = _conv(outputs, outputs, norm, "identity")
-        self.shortcut: nn.Module = nn.Identity()
+        shortcut: _Parts = {}
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=norm != "batch"),
-                make_norm(norm, outputs, 2),
-            )
+            shortcut = {
+                "conv": nn.Conv2d(inputs, outputs, 1, stride, bias=norm != "batch"),
+                "norm": make_norm(norm, outputs, 2),
+            }
+        convolutions = _conv("conv1", inputs, outputs, norm, activation, stride)
+        convolutions |= _conv("conv2", outputs, outputs, norm, "identity")
+        self.residual = nn.Sequential(OrderedDict(convolutions))
+        self.shortcut = nn.Sequential(OrderedDict(shortcut))
         self.activation = _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.activation(self.second(self.first(x)) + self.shortcut(x))
+        result: Tensor = self.activation(self.residual(x) + self.shortcut(x))
         return result
 
 
@@ -163,19 +179,18 @@ def resnet(
     depth: int | None = None,
     width: int | None = None,
     activation: str | None = None,
-) -> nn.Sequential:
+) -> nn.Module:
     """ResNet for small images: three stages of ``depth`` blocks, 3 by default (ResNet-20)."""
     channels, width, activation = _image("resnet", shape, 8), width or 16, activation or "relu"
-    layers: list[nn.Module] = [_conv(channels, width, norm, activation)]
+    parts = _conv("stem", channels, width, norm, activation)
     channels = width
     for stage in range(3):
         for block in range(depth or 3):
             size, stride = width << stage, 2 if stage and not block else 1
-            layers.append(_ResidualBlock(channels, size, norm, activation, stride))
+            name = f"stage{stage + 1}block{block + 1}"
+            parts[name] = _ResidualBlock(channels, size, norm, activation, stride)
             channels = size
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
-    )
+    return nn.Sequential(OrderedDict(parts | _classifier(channels, outputs)))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
