@@ -146,6 +146,8 @@ def test_folder_without_labels_names_the_columns(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("digit", r"task='digit' is unknown\. Did you mean 'digits'\?"),
+        ("no/such/folder", r"there is no such folder"),
+        ("./nowhere", r"there is no such folder"),
         (f"{HERE}:only_train", r"neither a pair \(x, y\)|it must return the training set"),
         (f"{HERE}:mismatched", r"3 inputs and 4 targets"),
         (f"{HERE}:not_finite", r"training set hold NaN or infinity"),

@@ -142,7 +142,7 @@ def _write(
     try:
         write_html(run, path)
     except OSError as error:
-        raise RecordError(f"{path} cannot be written: {error.strerror}.") from error
+        raise RecordError(f"{error.filename or path}: {error.strerror}.") from error
     summary = summarize(run)
     if as_json:
         print(dumps(summary.document(), indent=1))

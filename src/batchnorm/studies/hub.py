@@ -83,7 +83,7 @@ def load_hub(name: str, train_limit: int | None) -> tuple[str, Examples, Example
     try:
         splits = datasets.load_dataset(name)
     except Exception as error:
-        what = "the folder cannot be read" if local else "the hub gave nothing"
+        what = "cannot be read" if local else "no such folder, and the hub gave nothing"
         raise SettingsError(
             f"task={name!r}: {what} ({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Without a network use the embedded task 'digits', or a folder."

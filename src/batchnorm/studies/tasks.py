@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,8 @@ def _gaussian() -> Task:
     return Task("gaussian", draw(), draw(), "regression", 10, note)
 
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+
 TASKS: dict[str, Callable[[], Task]] = {
     "digits": _digits,
     "mnist5k": _mnist5k,
@@ -183,10 +186,12 @@ def load_task(name: str, scaling: Scaling = "unit", train_limit: int | None = No
     """
     if name in TASKS:
         task = TASKS[name]()
-    elif Path(name).exists() or "/" in name:
+    elif Path(name).exists() or _HUB_NAME.fullmatch(name):
         task = _classification(*load_hub(name, train_limit))
     elif is_callable_name(name):
         task = _own(name)
+    elif "/" in name:
+        raise SettingsError(f"task={name!r}: there is no such folder.")
     else:
         raise SettingsError(
             unknown("task", name, TASKS)
