@@ -5,24 +5,52 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "functional", "nn"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Frozen",
+    "Ghost",
+    "Guard",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "Lp",
+    "Ramp",
+    "Renorm",
+    "functional",
+    "nn",
+]
 
 if TYPE_CHECKING:
     from batchnorm import functional, nn
-    from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from batchnorm.nn import (
+        BatchNorm1d,
+        BatchNorm2d,
+        BatchNorm3d,
+        Frozen,
+        Ghost,
+        Guard,
+        LazyBatchNorm1d,
+        LazyBatchNorm2d,
+        LazyBatchNorm3d,
+        Lp,
+        Ramp,
+        Renorm,
+    )
 
-# Where each name is; nothing is imported before it is asked for, so that a command line or a
-# reader of records starts without torch.
-_HOMES = dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), "batchnorm.nn")
+# The submodules among the public names; the others are in nn. Nothing is imported before it is
+# asked for, so that a command line or a reader of records starts without torch.
+_SUBMODULES = ("functional", "nn")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-    elif name in __all__:
+    if name not in __all__:
+        raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+    if name in _SUBMODULES:
         value = import_module(f"batchnorm.{name}")
     else:
-        raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+        value = getattr(import_module("batchnorm.nn"), name)
     globals()[name] = value
     return value
 

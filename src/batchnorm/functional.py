@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from batchnorm import ops
-from batchnorm.ops import reference
+from batchnorm.ops import reference, variants
 
 __all__ = [
     "ACTIVATIONS",
     "Moments",
     "TrainingResult",
     "batch_norm",
+    "batch_renorm",
+    "ghost_batch_norm",
+    "lp_batch_norm",
     "moments",
     "normalize",
     "update_running",
@@ -134,7 +137,7 @@ def normalize(
     code = activation_code(activation)
     check_eps(eps)
     if x.numel() == 0:
-        return x.clone()
+        return reference.normalize(x, mean, var, weight, bias, residual, eps, code)
     y: Tensor = ops.normalize(x, mean, var, weight, bias, residual, eps, code)
     return y
 
@@ -159,7 +162,8 @@ def batch_norm(
     through μ and σ² too. Running statistics are the caller's: update them from the moments.
 
     Args:
-        x: Values of shape (N, C, \*), floating, two or more for each channel.
+        x: Values of shape (N, C, \*), floating, two or more for each channel. With N = 0, y is
+            as empty and n is 0.
         weight: γ of shape (C,). Default: 1.
         bias: β of shape (C,). Default: 0.
         eps: ε, finite and not negative.
@@ -191,6 +195,10 @@ def batch_norm(
     _check_residual(residual, x)
     code = activation_code(activation)
     check_eps(eps)
+    if x.shape[0] == 0:
+        zeros = x.new_zeros(x.shape[1], dtype=reference.STATISTICS_DTYPE)
+        y = reference.normalize(x, zeros, zeros, weight, bias, residual, eps, code)
+        return TrainingResult(y, Moments(zeros, zeros, 0))
     if mask is not None:
         _check_mask(mask, x)
         mean, var, counted = reference.masked_moments(x, mask)
@@ -201,6 +209,213 @@ def batch_norm(
     _check_count(count, x)
     y, mean, var, _ = ops.training_forward(x, weight, bias, residual, eps, code)
     return TrainingResult(y, Moments(mean, var, count))
+
+
+def ghost_batch_norm(
+    x: Tensor,
+    size: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> TrainingResult:
+    r"""Normalise each group of ``size`` consecutive samples by the moments of that group.
+
+    .. math::
+
+        y_i = \mathrm{act}\left(\gamma\,\frac{x_i - \mu_{g(i)}}{\sqrt{\sigma^2_{g(i)} + \epsilon}}
+              + \beta + r_i\right), \qquad
+        g(i) = \min(\lfloor i / \mathrm{size} \rfloor, \lfloor N / \mathrm{size} \rfloor - 1)
+
+    A remainder joins the last group, so that no group is smaller than asked for.
+
+    Args:
+        x: Values of shape (N, C, \*), floating.
+        size: Samples in a group, from 1 to N; a group needs two values for each channel.
+        weight: γ of shape (C,). Default: 1.
+        bias: β of shape (C,). Default: 0.
+        eps: ε, finite and not negative.
+        residual: r, of the shape and type of ``x``. Default: 0.
+        activation: One of :data:`ACTIVATIONS`. Default: the identity.
+
+    Returns:
+        y, of the shape and type of ``x``, and the :class:`Moments` of the whole batch, merged
+        from those of the groups: what plain batch normalization would track.
+
+    Raises:
+        ValueError: As :func:`batch_norm`, or ``size`` is not in 1 to N.
+        TypeError: As :func:`batch_norm`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0], [3.0], [10.0], [30.0]])
+        >>> ghost_batch_norm(x, 2, eps=0.0).y.flatten().tolist()
+        [-1.0, 1.0, -1.0, 1.0]
+
+    References:
+        Hoffer, Hubara & Soudry 2017, *Train longer, generalize better*, arXiv 1705.08741,
+        Algorithm 1, which however updates the running statistics once for each group.
+    """
+    _check_input(x)
+    _check_vectors(x, weight=weight, bias=bias)
+    _check_residual(residual, x)
+    code = activation_code(activation)
+    check_eps(eps)
+    if x.shape[0] == 0:
+        return batch_norm(x, weight, bias, eps, residual=residual, activation=activation)
+    if not 1 <= size <= x.shape[0]:
+        raise ValueError(
+            f"size must be from 1 to the {x.shape[0]} samples of the batch, got {size}; "
+            "lower it, or leave out a short last batch (DataLoader's drop_last=True)"
+        )
+    n = x.numel() // max(x.shape[1], 1)
+    _check_count(n // x.shape[0] * size, x)
+    y, mean, var = variants.ghost_forward(x, size, weight, bias, residual, eps, code)
+    return TrainingResult(y, Moments(mean, var, n))
+
+
+def batch_renorm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    r_max: float | Tensor = 3.0,
+    d_max: float | Tensor = 5.0,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+) -> TrainingResult:
+    r"""Normalise by the moments of the batch, corrected towards the running statistics.
+
+    .. math::
+
+        y = \mathrm{act}\left(\gamma\left(\frac{x - \mu}{\sigma}\,r + d\right) + \beta
+            + \mathrm{residual}\right), \quad
+        r = \mathrm{clip}\left(\frac{\sigma}{\bar\sigma}, \frac1{r_\max}, r_\max\right), \quad
+        d = \mathrm{clip}\left(\frac{\mu - \bar\mu}{\bar\sigma}, -d_\max, d_\max\right)
+
+    with σ = √(σ²+ε) of the batch and :math:`\bar\sigma` likewise of the running statistics; r and
+    d are constants for the gradient. Where neither is clipped, training computes what evaluation
+    does. With r_max = 1 and d_max = 0 it is plain batch normalization.
+
+    Args:
+        x: Values of shape (N, C, \*), floating, two or more for each channel.
+        running_mean: :math:`\bar\mu` of shape (C,).
+        running_var: :math:`\bar\sigma^2` of shape (C,).
+        weight: γ of shape (C,). Default: 1.
+        bias: β of shape (C,). Default: 0.
+        eps: ε, finite and not negative.
+        r_max: 1 or more, a number or a tensor of one value.
+        d_max: 0 or more, a number or a tensor of one value.
+        residual: Added before the activation, of the shape and type of ``x``. Default: 0.
+        activation: One of :data:`ACTIVATIONS`. Default: the identity.
+        mask: As in :func:`batch_norm`.
+
+    Returns:
+        y, of the shape and type of ``x``, and the :class:`Moments` of the batch.
+
+    Raises:
+        ValueError: As :func:`batch_norm`.
+        TypeError: As :func:`batch_norm`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> batch_renorm(x, torch.tensor([0.0]), torch.tensor([4.0]), eps=0.0).y.flatten().tolist()
+        [0.5, 1.5]
+
+    References:
+        Ioffe 2017, *Batch Renormalization*, arXiv 1702.03275, Algorithm 1.
+    """
+    _check_vectors(x, running_mean=running_mean, running_var=running_var)
+    # An empty batch has no moments, and nothing to correct.
+    mean, var, _ = moments(x, mask=mask) if x.shape[0] else (running_mean, running_var, 0)
+    r, d = variants.renorm_correction(mean, var, running_mean, running_var, eps, r_max, d_max)
+    scale = r if weight is None else weight * r
+    shift = d if weight is None else weight * d
+    if bias is not None:
+        shift = shift + bias
+    return batch_norm(x, scale, shift, eps, residual=residual, activation=activation, mask=mask)
+
+
+def lp_batch_norm(
+    x: Tensor,
+    p: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    central: bool = False,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+) -> TrainingResult:
+    r"""Centre by the mean of the batch, and scale by a mean of p-th powers.
+
+    .. math::
+
+        y = \mathrm{act}\left(\gamma\,\frac{x - \mu}{\sqrt{s^2 + \epsilon}} + \beta + r\right),
+        \qquad s = \left(\tfrac1n \sum |v|^p\right)^{1/p}, \quad s = \max |v|
+        \text{ for } p = \infty
+
+    with v = x, the *raw* moment, or v = x − μ, the *central* one. The central one with p = 2 is
+    batch normalization; the raw one is not, as it feels the mean.
+
+    Args:
+        x: Values of shape (N, C, \*), floating, two or more for each channel.
+        p: 1 or more, ``math.inf`` included.
+        weight: γ of shape (C,). Default: 1.
+        bias: β of shape (C,). Default: 0.
+        eps: ε, finite and not negative.
+        central: Whether v is x − μ. Default: x, as [P2] has it.
+        residual: r, of the shape and type of ``x``. Default: 0.
+        activation: One of :data:`ACTIVATIONS`. Default: the identity.
+        mask: As in :func:`batch_norm`.
+
+    Returns:
+        y, of the shape and type of ``x``, and the :class:`Moments` with s² in place of the
+        variance.
+
+    Raises:
+        ValueError: As :func:`batch_norm`, or ``p`` is less than 1.
+        TypeError: As :func:`batch_norm`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> lp_batch_norm(x, 1, eps=0.0).y.flatten().tolist()
+        [-0.5, 0.5]
+        >>> lp_batch_norm(x, 1, eps=0.0, central=True).y.flatten().tolist()
+        [-1.0, 1.0]
+
+    References:
+        Raw: [P2] Santurkar et al. 2018, arXiv 1805.11604, section 3.3 ("before shifting the
+        mean"). Central: Hoffer et al. 2018, *Norm matters*, arXiv 1803.01814, section 4, there
+        with a constant for each p that makes a Gaussian's scale its standard deviation and that
+        γ takes up here.
+    """
+    _check_input(x)
+    _check_vectors(x, weight=weight, bias=bias)
+    _check_residual(residual, x)
+    code = activation_code(activation)
+    check_eps(eps)
+    if not p >= 1:
+        raise ValueError(f"p must be 1 or more, got {p}; the usual are 1, 2 and math.inf")
+    if x.shape[0] == 0:
+        return batch_norm(x, weight, bias, eps, residual=residual, activation=activation)
+    mean, _, n = moments(x, mask=mask)
+    if isinstance(n, Tensor):
+        _check_masked_count(n)
+    else:
+        _check_count(n, x)
+    power = variants.lp_power(x, mean, p, central, mask, n)
+    y = ops.normalize(x, mean, power, weight, bias, residual, eps, code)
+    return TrainingResult(y, Moments(mean, power, n))
 
 
 def update_running(
@@ -234,6 +449,8 @@ def update_running(
     References:
         [P1] section 3.1 mentions the moving averages; the factor is that of Algorithm 2, line 10.
     """
+    if isinstance(batch.n, int) and batch.n == 0:
+        return
     ops.update_running(running_mean, running_var, num_batches, *batch, momentum)
 
 
@@ -311,7 +528,7 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
 def check_eps(eps: float) -> None:
     """Refuse what no variance can be made safe by."""
     if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}; the usual is 1e-5")
+        raise ValueError(f"eps must be positive (or 0) and finite, got {eps}; the usual is 1e-5")
 
 
 def _check_count(count: int, x: Tensor) -> None:

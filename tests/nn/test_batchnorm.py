@@ -163,11 +163,27 @@ def test_mask_reaches_the_running_statistics():
         torch.testing.assert_close(buffer, expected, rtol=tolerances.LIKE_TORCH, atol=0)
 
 
-def test_evaluation_takes_one_sample_and_none(pair):
+def test_evaluation_takes_one_sample(pair):
     ours, _, shape = pair
-    layer = ours(3).eval()
-    assert layer(draw(*shape)[:1]).shape[0] == 1
-    assert layer(draw(*shape)[:0]).shape[0] == 0
+    assert ours(3).eval()(draw(*shape)[:1]).shape[0] == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_is_empty_and_leaves_no_trace(pair, training):
+    ours, _, shape = pair
+    layer = ours(3, momentum=None, activation="relu").train(training)
+    x = draw(*shape)[:0].requires_grad_()
+    y = layer(x, x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert torch.equal(layer.weight.grad, torch.zeros(3))
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+
+
+def test_a_negative_eps_is_named_where_torch_names_it():
+    with pytest.raises(ValueError, match="eps must be positive"):
+        batchnorm.BatchNorm1d(3, eps=-1.0)(draw(4, 3))
 
 
 def test_a_failed_call_leaves_no_trace():
@@ -182,8 +198,7 @@ def test_a_failed_call_leaves_no_trace():
     ("options", "message"),
     [
         ({"num_features": -1}, "num_features must not be negative, got -1"),
-        ({"eps": float("inf")}, "eps must be finite"),
-        ({"eps": -1.0}, "eps must be finite and not negative"),
+        ({"eps": float("inf")}, "eps must be positive .* got inf"),
         ({"momentum": float("nan")}, "momentum must be in .* got nan; .*Keras"),
         ({"momentum": 1.5}, "momentum must be in .* got 1.5"),
         ({"activation": "swish"}, "activation must be None or one of relu.*got 'swish'"),

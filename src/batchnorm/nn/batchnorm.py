@@ -1,5 +1,6 @@
 """The layer, for inputs of one, two and three spatial axes."""
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from batchnorm import functional
+from batchnorm.nn.guard import Guard
+from batchnorm.nn.statistics import Running, Statistics
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -31,22 +34,27 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         activation: str | None = None,
+        statistics: Statistics | None = None,
+        guard: Guard | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if num_features < 0:
             raise ValueError(f"num_features must not be negative, got {num_features}")
+        if not math.isfinite(eps):
+            functional.check_eps(eps)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(
                 f"momentum must be in [0, 1] or None for a cumulative average, got {momentum}; "
                 "it is the weight of the new batch, 1 minus what Keras and Flax call momentum"
             )
-        functional.check_eps(eps)
         functional.activation_code(activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
+        self.statistics = statistics
+        self.guard = guard
         self._widen_running_statistics()
 
     def forward(
@@ -55,24 +63,41 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """Return act(bn(x) + residual)."""
         self._check_input_dim(x)
         # Looked up here, and once: an attribute of a module costs as much as a small operation.
-        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-        weight, bias = self.weight, self.bias
-        if not self.training and mean is not None and var is not None:
+        buffers, weight, bias = self._buffers, self.weight, self.bias
+        running = Running(
+            buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        )
+        if not self.training and running.mean is not None and running.var is not None:
             return functional.normalize(
-                *(x, mean, var, weight, bias, self.eps),
+                *(x, running.mean, running.var, weight, bias, self.eps),
                 residual=residual,
                 activation=self.activation,
             )
-        y, moments = functional.batch_norm(
-            *(x, weight, bias, self.eps),
-            residual=residual,
-            activation=self.activation,
-            mask=mask,
-        )
-        if self.training and self.track_running_stats and mean is not None and var is not None:
-            batches = self._buffers["num_batches_tracked"]
-            functional.update_running(mean, var, moments, self.momentum, batches)
+        if self.statistics is None or not self.training:
+            y, moments = functional.batch_norm(
+                *(x, weight, bias, self.eps),
+                residual=residual,
+                activation=self.activation,
+                mask=mask,
+            )
+        else:
+            y, moments = self.statistics.batch_norm(
+                *(x, weight, bias, self.eps, running),
+                residual=residual,
+                activation=self.activation,
+                mask=mask,
+            )
+        if self.training and self.track_running_stats and not _is_recomputation():
+            self._track(moments, running)
         return y
+
+    def _track(self, moments: functional.Moments, running: Running) -> None:
+        mean, var, batches = running
+        if mean is None or var is None:
+            return
+        checked = moments if self.guard is None else self.guard.check(moments, running, self)
+        if checked is not None:
+            functional.update_running(mean, var, checked, self.momentum, batches)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:
@@ -104,7 +129,19 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         """Describe the layer as torch does, and what it has beyond."""
         text: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+        for name in ("activation", "statistics", "guard"):
+            value = getattr(self, name)
+            if value is not None:
+                text += f", {name}={value!r}"
+        return text
+
+
+def _is_recomputation() -> bool:
+    """Tell whether this forward runs inside a backward, as activation checkpointing does.
+
+    It was counted when it ran first. A compiler recomputes by itself, without calling again.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -121,7 +158,9 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
     - adds a residual and activates in the same pass: ``layer(x, residual)``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
-    - keeps its running statistics in float32 whatever the type of its parameters.
+    - keeps its running statistics in float32 whatever the type of its parameters;
+    - updates them once a step, also where activation checkpointing runs forward twice;
+    - leaves them alone when a batch is empty.
 
     Args:
         num_features: The number of channels C, axis 1.
@@ -133,6 +172,9 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
+            :class:`Frozen`. Default: the batch.
+        guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
 
@@ -175,7 +217,9 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
     - adds a residual and activates in the same pass: ``layer(x, residual)``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
-    - keeps its running statistics in float32 whatever the type of its parameters.
+    - keeps its running statistics in float32 whatever the type of its parameters;
+    - updates them once a step, also where activation checkpointing runs forward twice;
+    - leaves them alone when a batch is empty.
 
     Args:
         num_features: The number of channels C, axis 1.
@@ -187,6 +231,9 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
+            :class:`Frozen`. Default: the batch.
+        guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
 
@@ -225,7 +272,9 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
     - adds a residual and activates in the same pass: ``layer(x, residual)``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
-    - keeps its running statistics in float32 whatever the type of its parameters.
+    - keeps its running statistics in float32 whatever the type of its parameters;
+    - updates them once a step, also where activation checkpointing runs forward twice;
+    - leaves them alone when a batch is empty.
 
     Args:
         num_features: The number of channels C, axis 1.
@@ -237,6 +286,9 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
+            :class:`Frozen`. Default: the batch.
+        guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
 

@@ -79,7 +79,7 @@ class _Op:
                 return self._op(*args)
         if not _in_torch_func():
             return self._apply_here(*args)
-        with autograd_function.enable_single_level_autograd_function():  # type: ignore[no-untyped-call]
+        with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
             return self._apply_here(*args)
 
 

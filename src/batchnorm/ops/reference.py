@@ -161,7 +161,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, biased variance and number of the values where the mask (N, *) is true."""
     axes = reduction_axes(x)
     counted = mask.unsqueeze(1)
-    count = mask.sum()
+    count = mask.sum(dtype=STATISTICS_DTYPE)
     # Masked before the arithmetic, so that nothing outside the mask, inf included, is felt.
     x = torch.where(counted, x.to(STATISTICS_DTYPE), 0.0)
     mean = x.sum(axes) / count
