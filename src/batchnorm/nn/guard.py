@@ -23,8 +23,8 @@ class Guard:
             nothing learns: mostly a forgotten ``eval()``.
 
     Warns:
-        RuntimeWarning: In a call, of the above. Compiled code refuses without a warning, and
-            counts the batch.
+        RuntimeWarning: In a call, of the above. Where values cannot be looked at (compiled, in
+            torch.func) it refuses without a warning, and counts the batch.
 
     Example:
         >>> import torch, warnings
@@ -42,8 +42,7 @@ class Guard:
 
     def check(self, moments: Moments, running: Running, layer: object) -> Moments | None:
         """Return the moments that may be tracked, or None, having warned."""
-        compiling = torch.compiler.is_compiling()
-        if self.no_grad and not compiling and not torch.is_grad_enabled():
+        if self.no_grad and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             _warn(
                 f"{layer} updates its running statistics under torch.no_grad(), where nothing "
                 "learns; call eval() first, or take the guard off to recalibrate"
@@ -54,7 +53,7 @@ class Guard:
         # What will be kept is float32: a variance that only float64 holds is not finite there.
         kept: Tensor = torch.stack([moments.mean, moments.var * (n / (n - 1))]).detach()
         finite = kept.to(running.mean.dtype).isfinite().all()
-        if compiling:  # which has no branch: what stands is averaged into itself
+        if _is_blind(finite):  # no branch, then: what stands is averaged into itself
             mean = torch.where(finite, kept[0], running.mean)
             var = torch.where(finite, kept[1], running.var) * ((n - 1) / n)
             return Moments(mean, var, n)
@@ -65,6 +64,15 @@ class Guard:
             )
             return None
         return moments
+
+
+def _is_blind(value: Tensor) -> bool:
+    """Tell whether the value cannot be looked at: compiled, in torch.func, or on meta."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or value.is_meta
+    )
 
 
 def _warn(message: str) -> None:

@@ -211,12 +211,44 @@ def _batched(op: Any, argument_kinds: str, result_kinds: str) -> Callable[..., A
     return rule
 
 
+def _batched_update(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    n: float,
+    momentum: float | None,
+) -> tuple[None, None]:
+    """Update each of many running statistics by its batch, or the only one by all batches."""
+
+    def batch_first(value: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return value.expand(info.batch_size, *value.shape)
+        return value.movedim(dim, 0)
+
+    mean, var = batch_first(mean, in_dims[3]), batch_first(var, in_dims[4])
+    if in_dims[0] is None:
+        n, pooled = n * info.batch_size, mean.mean(0)
+        mean, var = pooled, (var + (mean - pooled).square()).mean(0)
+    else:
+        running_mean = batch_first(running_mean, in_dims[0])
+        running_var = batch_first(running_var, in_dims[1])
+        if num_batches is not None:
+            num_batches = batch_first(num_batches, in_dims[2]).unsqueeze(-1)
+    reference.update_running(running_mean, running_var, num_batches, mean, var, n, momentum)
+    return None, None
+
+
 library.define(
     "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches, "
     "Tensor mean, Tensor var, float n, float? momentum) -> ()"
 )
 library.impl("update_running", reference.update_running, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::update_running", lambda *_: None, lib=library)
+torch.library.register_vmap(f"{NAMESPACE}::update_running", _batched_update, lib=library)
 
 for _schema, _arguments, _results, _reference, _fake in _OPS:
     library.define(_schema)
