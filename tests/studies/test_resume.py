@@ -63,7 +63,7 @@ compare(settings, Path(sys.argv[2]), checkpoint_seconds=0.05)
 def start(out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, SETTINGS.model_dump_json(exclude_unset=True), str(out)],
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
 
 
@@ -83,7 +83,7 @@ def test_killed_at_random_moments(tmp_path: Path, uninterrupted: dict[str, bytes
         if process.poll() is None:
             process.kill()
             kills += 1
-        process.communicate()
+        process.wait()
     assert kills
     assert start(out).wait() == 0
     assert contents(out) == uninterrupted
