@@ -18,8 +18,10 @@ __all__ = [
     "Lp",
     "Ramp",
     "Renorm",
+    "convert",
     "functional",
     "nn",
+    "revert",
 ]
 
 if TYPE_CHECKING:
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
         Ramp,
         Renorm,
     )
+    from batchnorm.transforms.convert import convert, revert
 
-# The submodules among the public names; the others are in nn. Nothing is imported before it is
-# asked for, so that a command line or a reader of records starts without torch.
+# Where the public names are that are not in nn. Nothing is imported before it is asked for, so
+# that a command line or a reader of records starts without torch.
+_HOMES = {"convert": "transforms.convert", "revert": "transforms.convert"}
 _SUBMODULES = ("functional", "nn")
 
 
@@ -50,7 +54,7 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         value = import_module(f"batchnorm.{name}")
     else:
-        value = getattr(import_module("batchnorm.nn"), name)
+        value = getattr(import_module(f"batchnorm.{_HOMES.get(name, 'nn')}"), name)
     globals()[name] = value
     return value
 
