@@ -62,6 +62,11 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """Return act(bn(x) + residual)."""
         self._check_input_dim(x)
+        if not self.eps > 0:  # named here and not before, as torch does
+            raise ValueError(
+                f"eps must be positive, got {self.eps}; the usual is 1e-5, and for an eps of 0 "
+                "there is batchnorm.functional.batch_norm"
+            )
         # Looked up here, and once: an attribute of a module costs as much as a small operation.
         buffers, weight, bias = self._buffers, self.weight, self.bias
         running = Running(
@@ -164,7 +169,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
     Args:
         num_features: The number of channels C, axis 1.
-        eps: ε, finite and not negative.
+        eps: ε, positive and finite.
         momentum: The weight of the new batch in the running statistics, in [0, 1]; None for the
             cumulative average of all batches.
         affine: Whether to learn γ and β; without, they are 1 and 0.
@@ -223,7 +228,7 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
     Args:
         num_features: The number of channels C, axis 1.
-        eps: ε, finite and not negative.
+        eps: ε, positive and finite.
         momentum: The weight of the new batch in the running statistics, in [0, 1]; None for the
             cumulative average of all batches.
         affine: Whether to learn γ and β; without, they are 1 and 0.
@@ -278,7 +283,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
     Args:
         num_features: The number of channels C, axis 1.
-        eps: ε, finite and not negative.
+        eps: ε, positive and finite.
         momentum: The weight of the new batch in the running statistics, in [0, 1]; None for the
             cumulative average of all batches.
         affine: Whether to learn γ and β; without, they are 1 and 0.

@@ -238,9 +238,9 @@ class Frozen(Statistics):
     Example:
         >>> import torch
         >>> from batchnorm import BatchNorm1d
-        >>> layer = BatchNorm1d(3, statistics=Frozen(), eps=0.0).train()
-        >>> layer(torch.ones(1, 3)).tolist(), layer.num_batches_tracked.item()
-        ([[1.0, 1.0, 1.0]], 0)
+        >>> layer = BatchNorm1d(3, statistics=Frozen()).train()
+        >>> layer(torch.zeros(1, 3)).tolist(), layer.num_batches_tracked.item()
+        ([[0.0, 0.0, 0.0]], 0)
     """
 
     def batch_norm(
