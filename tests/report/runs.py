@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.records import FORMAT, Record, RecordWriter, Run, cell_hash, write_json
+from batchnorm.report import Summary, summarize
+from batchnorm.report.charts import build
+from batchnorm.report.grid import Grid
+from batchnorm.report.spec import Chart
 
 
 def series(quantity: str, values: Mapping[int, float], layer: str = "") -> list[Record]:
@@ -111,6 +115,12 @@ def embedded(page: str) -> dict[str, Any]:
     return document
 
 
+def charts_of(builder: Builder) -> dict[str, Chart]:
+    """The charts of a run, by their ids."""
+    run = builder.run()
+    return {chart.id: chart for chart in build(Grid(run), summarize(run))}
+
+
 LAYERS = ("fc1", "fc2", "out")
 
 
@@ -156,3 +166,26 @@ def measured(
     if stop is not None:
         records.append(Record(stop, "", "batch/loss", math.nan))
     return records
+
+
+STEPS = (0, 10, 20, 30)
+
+
+def accuracies(*values: float) -> list[Record]:
+    """The test accuracy at each of ``STEPS``."""
+    return series("test/accuracy", dict(zip(STEPS, values, strict=True)))
+
+
+def losses(first: float, last: float) -> list[Record]:
+    """The training loss at the first and the last of ``STEPS``."""
+    return series("train/loss", {0: first, 30: last})
+
+
+def race_of_three_seeds(builder: Builder) -> Summary:
+    """Two arms that do not reach each other's best with every seed."""
+    none = [(0.1, 0.5, 0.6, 0.7), (0.1, 0.4, 0.8, 0.6), (0.1, 0.2, 0.3, 0.9)]
+    batch = [(0.1, 0.7, 0.8, 0.8), (0.1, 0.6, 0.75, 0.85), (0.1, 0.3, 0.5, 0.8)]
+    for seed in range(3):
+        builder.cell("none", 0.1, seed, accuracies(*none[seed]) + losses(2.3, 1.0))
+        builder.cell("batch", 0.1, seed, accuracies(*batch[seed]) + losses(2.3, 0.5))
+    return summarize(builder.run())

@@ -3,8 +3,9 @@
 It knows nothing of training, and needs no torch.
 """
 
-from batchnorm.report.headline import Summary, summarize
-from batchnorm.report.html import write_html
+from batchnorm.report.headline import summarize
+from batchnorm.report.page import write_html
 from batchnorm.report.png import write_png
+from batchnorm.report.summary import Summary
 
 __all__ = ["Summary", "summarize", "write_html", "write_png"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from batchnorm.records import Cell, Run
 
-__all__ = ["Arm", "Grid", "Series", "across", "ended", "measured_layers"]
+__all__ = ["Arm", "Grid", "Series", "Vector", "across", "ended", "finite", "measured_layers"]
 
 Vector = NDArray[np.float64]
 
@@ -61,6 +61,11 @@ class Series:
     high: Vector
 
 
+def finite(values: Vector) -> Vector:
+    """The values that are neither NaN nor infinite."""
+    return values[np.isfinite(values)]
+
+
 def ended(cell: Cell) -> bool:
     """Whether the cell ran to its end; diverging is an end too."""
     return cell.manifest["state"] in ("done", "diverged")
@@ -102,6 +107,7 @@ class Grid:
     def __init__(self, run: Run) -> None:
         """Sort the cells of ``run``; those that have not started are only counted."""
         planned = run.study["cells"]
+        self.study = str(run.study["study"])
         self.cells = run.cells
         self.arms = _arms(list(dict.fromkeys(str(entry["norm"]) for entry in planned)))
         self.rates = sorted({float(entry["lr"]) for entry in planned})
@@ -126,6 +132,10 @@ class Grid:
     def at(self, arm: Arm, rate: float) -> list[Cell]:
         """The cells of one arm at one learning rate that have started, by seed."""
         return self._at.get((arm.name, rate), [])
+
+    def of_arm(self, arm: Arm) -> list[Cell]:
+        """The cells of one arm that have started, by learning rate and seed."""
+        return [cell for rate in self.rates for cell in self.at(arm, rate)]
 
     def series(
         self, arm: Arm, rate: float, quantity: str, layer: str = "", index: int = 0

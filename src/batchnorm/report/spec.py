@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from batchnorm.report.grid import Vector
+from batchnorm.report.grid import Vector, finite
 
 __all__ = ["Axis", "Chart", "End", "Line", "Panel", "Rule", "fit", "plain"]
 
@@ -60,9 +60,8 @@ class Line:
         def means(values: Vector | None) -> Vector | None:
             if values is None:
                 return None
-            parts = [values[group] for group in groups]
-            finite = [part[np.isfinite(part)] for part in parts]
-            return np.array([part.mean() if len(part) else math.nan for part in finite])
+            parts = [finite(values[group]) for group in groups]
+            return np.array([part.mean() if len(part) else math.nan for part in parts])
 
         return Line(self.arm, x, means(self.y), means(self.low), means(self.high), self.ends)
 
@@ -175,8 +174,7 @@ def fit(lines: Iterable[Line], *, log: bool = False) -> tuple[float, float] | No
     lie far outside the range of most, and the lines are cut off there.
     """
     parts = [part for line in lines for part in (line.y, line.low, line.high) if part is not None]
-    values = np.concatenate(parts) if parts else np.array([])
-    values = values[np.isfinite(values)]
+    values = finite(np.concatenate(parts)) if parts else np.array([])
     if log:
         values = np.log10(values[values > 0])
     if not len(values):

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-__all__ = ["count", "join", "number", "percent", "plural", "ratio", "seeds_of", "span", "times"]
+__all__ = [
+    "count",
+    "join",
+    "number",
+    "percent",
+    "plural",
+    "ratio",
+    "seeds_of",
+    "span",
+    "steps_span",
+    "times",
+]
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -39,6 +50,12 @@ def join(parts: Sequence[str]) -> str:
 def span(low: str, high: str) -> str:
     """``low to high``, or the one value when both read alike."""
     return low if low == high else f"{low} to {high}"
+
+
+def steps_span(steps: Collection[int]) -> str:
+    """``step 5``, ``steps 5 to 12``."""
+    first, last = min(steps), max(steps)
+    return f"step{'' if first == last else 's'} {span(count(first), count(last))}"
 
 
 def seeds_of(some: int, every: int) -> str:
