@@ -1,5 +1,5 @@
 /**
- * What a chart shows. Python builds this form once (report/charts.py) and draws it twice: here, and
+ * What a chart shows. Python builds this form once (report/charts/) and draws it twice: here, and
  * with matplotlib. A live page sends the same form again with new data.
  */
 
