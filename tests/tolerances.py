@@ -23,3 +23,7 @@ HALF = 8e-3
 
 LIKE_TORCH = 1e-5
 """Relative, two float32 calculations of the same thing, both some dozen roundings off."""
+
+MOMENTS = 1e-6
+"""Of a standard deviation (the mean), relative (the variance): float32 sums of blocks of centred
+values, a dozen roundings of 6e-8, merged in float64."""

@@ -134,7 +134,6 @@ class _TrainingForward(_Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, weight, bias, residual, ctx.eps, ctx.activation = inputs
         _, mean, var, gate = output
-        ctx.mark_non_differentiable(gate)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
         if uses_gate(residual, ctx.activation):
