@@ -140,7 +140,9 @@ def test_what_is_wrong_is_named(case):
         functional.batch_norm(**{"x": X, **arguments})
 
 
-@pytest.mark.parametrize("case", ["one axis", "integers", "no positions", "mask shape", "mask type"])
+@pytest.mark.parametrize(
+    "case", ["one axis", "integers", "no positions", "mask shape", "mask type"]
+)
 def test_moments_names_it_too(case):
     arguments, error, message = BAD[case]
     with pytest.raises(error, match=f"(?s){message}"):
