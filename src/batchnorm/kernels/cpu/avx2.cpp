@@ -1,0 +1,2 @@
+#define BATCHNORM_ISA avx2
+#include "kernels.h"

@@ -1,0 +1,2 @@
+#define BATCHNORM_ISA avx512
+#include "kernels.h"

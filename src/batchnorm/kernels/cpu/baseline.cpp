@@ -1,0 +1,2 @@
+#define BATCHNORM_ISA baseline
+#include "kernels.h"

@@ -1,0 +1,788 @@
+// Drivers: they cut a tensor into parts, and share the parts among threads and caches.
+// Included once per instruction set.
+//
+// The parts whose sums are merged (chunks) depend on the shape alone, never on the number of
+// threads, so results are bitwise the same for any number. What does depend on it is only which
+// thread visits a chunk.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "core.h"
+#include "vec.h"
+// vec.h first: the others build on it.
+#include "activation.h"
+#include "rows.h"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+constexpr int64_t block_elements = 8192;    // summed in float lanes before going to float64
+constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
+constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
+constexpr int64_t cache_bytes = 1 << 20;    // what one thread revisits: half of a 2 MB L2
+constexpr int64_t stage_bytes = 8192;       // a finished piece, in L1 until streamed
+constexpr int64_t stream_bytes = 4 << 20;   // outputs above this are not kept in cache
+constexpr int64_t serial_elements = 16384;  // below, waking threads costs more than the work
+constexpr int64_t tile_columns = 512;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class F>
+void parallel(const Problem& p, int64_t count, F body) {
+  if (count <= 1 || p.pool.threads <= 1 || p.shape.numel() < serial_elements) {
+    if (count > 0) body(0, count);
+    return;
+  }
+  p.pool.run(count, &body, [](void* f, int64_t begin, int64_t end) { (*(F*)f)(begin, end); });
+}
+
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t n)
+      : data((T*)std::aligned_alloc(64, ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64)) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+  T& operator[](int64_t i) { return data[i]; }
+  T* data;
+};
+
+// Moments merge by Chan, Golub and LeVeque's formula.
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+  void merge(const Moments& o) {
+    if (o.count == 0) return;
+    const double total = count + o.count, delta = o.mean - mean;
+    m2 += o.m2 + delta * delta * (count * o.count / total);
+    mean += delta * (o.count / total);
+    count = total;
+  }
+};
+
+struct Sums {
+  double dz = 0, dz_d = 0;
+  void merge(const Sums& o) { dz += o.dz; dz_d += o.dz_d; }
+};
+
+// From sums of d = x - shift and of d * d.
+inline Moments shifted(double count, double shift, double sum, double square) {
+  const double mean = sum / count;
+  return {count, shift + mean, std::max(square - sum * mean, 0.0)};
+}
+// Float squares overflow around 1e19 and vanish around 1e-19: such moments are taken again.
+template <class C>
+inline bool doubtful(const Moments& m) {
+  if constexpr (std::is_same_v<C, double>) return false;
+  else return !(m.m2 < 1e37 && m.m2 > 1e-28 * m.count);
+}
+
+// The slow way, in float64 and two passes, over any strides.
+template <class T>
+Moments careful(const T* x, int64_t rows, int64_t ld, int64_t len, int64_t step) {
+  auto value = [&](int64_t r, int64_t i) {
+    return (double)Simd<T>::load_n(x + r * ld + i * step, 1, 0)[0];
+  };
+  const double count = (double)rows * len;
+  double sum = 0, m2 = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < len; ++i) sum += value(r, i);
+  const double mean = sum / count;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < len; ++i) { const double d = value(r, i) - mean; m2 += d * d; }
+  return {count, mean, m2};
+}
+
+// Channel coefficients, rounded once from float64.
+template <class C>
+struct Channel {
+  C m, a, b, k, c;
+  void forward(const Statistics& s, const Affine& f, int64_t i) {
+    const double scale = (f.weight ? f.weight[i] : 1.0) / std::sqrt(s.var[i] + f.eps);
+    m = (C)s.mean[i];
+    a = (C)scale;
+    b = (C)((f.bias ? f.bias[i] : 0.0) - (s.mean[i] - (double)m) * scale);
+    k = c = 0;
+  }
+  // dx = a (dz - mean_dz - xhat mean_dz_xhat), xhat = (d - (mean - m)) / sigma
+  void backward(const Statistics& s, const Affine& f, int64_t i, double mean_dz,
+                double mean_dz_xhat) {
+    const double slope = mean_dz_xhat / std::sqrt(s.var[i] + f.eps);
+    k = (C)-slope;
+    c = (C)((s.mean[i] - (double)m) * slope - mean_dz);
+  }
+  Coefficients<C> refer() const { return {&m, &a, &b, &k, &c}; }
+};
+
+// sum of dz * xhat from the sum of dz * d.
+inline double xhat_sum(const Sums& s, const Statistics& st, double eps, double m, int64_t i) {
+  return (s.dz_d - (st.mean[i] - m) * s.dz) / std::sqrt(st.var[i] + eps);
+}
+
+// What a loop writes: y, or dx and dz, either of which may be null.
+template <class T>
+struct Outputs {
+  T *first, *second;
+  Outputs at(int64_t offset) const {
+    return {first ? first + offset : nullptr, second ? second + offset : nullptr};
+  }
+};
+
+// Where a piece is finished before it is streamed to its place.
+constexpr int64_t stage_elements(int64_t size) { return stage_bytes / size; }
+template <class T>
+struct Stage {
+  alignas(64) T data[2][stage_elements(sizeof(T))];
+  Outputs<T> instead_of(const Outputs<T>& o) {
+    return {o.first ? data[0] : nullptr, o.second ? data[1] : nullptr};
+  }
+  void flush(const Outputs<T>& to, int64_t count) const {
+    if (to.first) stream_out(to.first, data[0], count * sizeof(T));
+    if (to.second) stream_out(to.second, data[1], count * sizeof(T));
+  }
+};
+
+// ---------------------------------------------------------------------------------- planes
+
+struct PlaneChunk {
+  int64_t row, rows, begin, len;  // rows [row, row + rows), elements [begin, begin + len) of each
+};
+
+struct Planes {
+  explicit Planes(const Shape& s) : shape(s) {
+    if (s.s > chunk_elements) {
+      parts = ceil_div(s.s, chunk_elements);
+      rows = 1;
+      count = s.n * parts;
+    } else {
+      rows = std::max<int64_t>(1, chunk_elements / s.s);
+      count = ceil_div(s.n, rows);
+    }
+  }
+  PlaneChunk chunk(int64_t i) const {
+    if (parts > 1) {
+      const int64_t begin = i % parts * chunk_elements;
+      return {i / parts, 1, begin, std::min(chunk_elements, shape.s - begin)};
+    }
+    return {i * rows, std::min(rows, shape.n - i * rows), 0, shape.s};
+  }
+  int64_t offset(int64_t row, int64_t channel) const { return (row * shape.c + channel) * shape.s; }
+
+  // visit(row, begin, len): pieces of at most block_elements of a chunk; after(): at each
+  // block_elements.
+  template <class Visit, class After>
+  void blocks(const PlaneChunk& k, Visit visit, After after) const {
+    int64_t filled = 0;
+    for (int64_t r = k.row; r < k.row + k.rows; ++r)
+      for (int64_t at = 0; at < k.len; at += block_elements) {
+        const int64_t len = std::min(block_elements, k.len - at);
+        if (filled && filled + len > block_elements) { after(); filled = 0; }
+        visit(r, k.begin + at, len);
+        filled += len;
+      }
+    after();
+  }
+
+  Shape shape;
+  int64_t parts = 1, rows, count;
+};
+
+// first: part(c, chunk) yields a P, finish(c, P) takes their merged value.
+// second: apply(c0, c1, chunk) normalises; called chunk by chunk, the last read first.
+template <class P, class Part, class Finish, class Apply>
+void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64_t size, bool first,
+                  bool second, Part part, Finish finish, Apply apply) {
+  const Shape& s = p.shape;
+  if (s.c < 2 * p.pool.threads && planes.count > 1) {
+    // Few channels: the chunks are shared, too.
+    if (first) {
+      std::unique_ptr<P[]> partial(new P[s.c * planes.count]);
+      parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) partial[i] = part(i / planes.count, i % planes.count);
+      });
+      for (int64_t c = 0; c < s.c; ++c) {
+        P total;
+        for (int64_t i = 0; i < planes.count; ++i) total.merge(partial[c * planes.count + i]);
+        finish(c, total);
+      }
+    }
+    if (second)
+      parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = end - 1; i >= begin; --i) {
+          const int64_t c = i / planes.count;
+          apply(c, c + 1, planes.chunk(i % planes.count));
+        }
+        stream_fence();
+      });
+    return;
+  }
+  // Neighbouring channels together, so that what is written is long runs; all of a group's
+  // inputs stay in cache until they are read again.
+  const int64_t channel_bytes = s.count() * size * tensors;
+  int64_t group = std::min({cache_bytes / 2 / std::max<int64_t>(channel_bytes, 1),
+                            stage_elements(size) / s.s, s.c / (4 * p.pool.threads)});
+  group = std::max<int64_t>(group, 1);
+  parallel(p, ceil_div(s.c, group), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t c0 = g * group, c1 = std::min(c0 + group, s.c);
+      if (first)
+        for (int64_t c = c0; c < c1; ++c) {
+          P total;
+          for (int64_t i = 0; i < planes.count; ++i) total.merge(part(c, i));
+          finish(c, total);
+        }
+      if (second)
+        for (int64_t i = planes.count - 1; i >= 0; --i) apply(c0, c1, planes.chunk(i));
+    }
+    if (second) stream_fence();
+  });
+}
+
+template <class T>
+Moments plane_moments(const T* x, const Planes& planes, int64_t channel, int64_t index) {
+  using S = Simd<T>;
+  const PlaneChunk k = planes.chunk(index);
+  const T* start = x + planes.offset(k.row, channel) + k.begin;
+  Lanes<S> head;
+  const int64_t few = std::min<int64_t>(k.len, 4 * S::W);
+  moments_run<T>(start, few, 0, head);
+  double shift = 0, unused = 0, sum = 0, square = 0;
+  head.drain(shift, unused);
+  const auto rounded = (typename S::C)(shift / few);
+  Lanes<S> lanes;
+  planes.blocks(
+      k,
+      [&](int64_t r, int64_t begin, int64_t len) {
+        moments_run<T>(x + planes.offset(r, channel) + begin, len, rounded, lanes);
+      },
+      [&] { lanes.drain(sum, square); lanes = {}; });
+  const Moments m = shifted((double)k.rows * k.len, rounded, sum, square);
+  if (!doubtful<typename S::C>(m)) return m;
+  return careful(start, k.rows, planes.shape.c * planes.shape.s, k.len, 1);
+}
+
+// Calls run(offset, channel, row, begin, len, out) for the pieces of a chunk of channels [c0, c1),
+// and streams what it writes when asked.
+template <class T, class Run>
+void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk& k, bool stream,
+                  const Outputs<T>& outputs, Run run) {
+  Stage<T> stage;
+  const int64_t s = planes.shape.s, capacity = stage_elements(sizeof(T));
+  for (int64_t r = k.row + k.rows - 1; r >= k.row; --r) {
+    const int64_t start = planes.offset(r, c0) + k.begin;
+    if (c1 - c0 > 1) {
+      // Whole rows of several channels: one run of memory, which fits the stage.
+      const Outputs<T> to = outputs.at(start), out = stream ? stage.instead_of(to) : to;
+      for (int64_t c = c0; c < c1; ++c) run(planes.offset(r, c), c, r, 0, s, out.at((c - c0) * s));
+      if (stream) stage.flush(to, (c1 - c0) * s);
+      continue;
+    }
+    for (int64_t i = 0; i < k.len; i += capacity) {
+      const int64_t len = std::min(capacity, k.len - i);
+      const Outputs<T> to = outputs.at(start + i), out = stream ? stage.instead_of(to) : to;
+      run(start + i, c0, r, k.begin + i, len, out);
+      if (stream) stage.flush(to, len);
+    }
+  }
+}
+
+template <class T>
+void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& loops, bool moments,
+                    bool normalize) {
+  using C = typename Simd<T>::C;
+  const Planes planes(p.shape);
+  const bool stream = p.shape.numel() * (int64_t)sizeof(T) >= stream_bytes;
+  const int64_t gate_row = ceil_div(p.shape.s, 8);
+  Buffer<Channel<C>> channels(normalize ? p.shape.c : 0);
+  auto* x = (const T*)f.x;
+  auto* residual = (const T*)f.residual;
+  if (normalize && !moments)
+    for (int64_t c = 0; c < p.shape.c; ++c) channels[c].forward(f.statistics, f.affine, c);
+  drive_planes<Moments>(
+      p, planes, 1, sizeof(T), moments, normalize,
+      [&](int64_t c, int64_t i) { return plane_moments(x, planes, c, i); },
+      [&](int64_t c, const Moments& m) {
+        f.statistics.mean[c] = m.mean;
+        f.statistics.var[c] = m.m2 / m.count;
+        if (normalize) channels[c].forward(f.statistics, f.affine, c);
+      },
+      [&](int64_t c0, int64_t c1, const PlaneChunk& k) {
+        plane_pieces<T>(planes, c0, c1, k, stream, {(T*)f.y, nullptr},
+                        [&](int64_t o, int64_t c, int64_t r, int64_t begin, int64_t len,
+                            const Outputs<T>& out) {
+          uint8_t* gate =
+              loops.gate ? f.gate + (r * p.shape.c + c) * gate_row + begin / 8 : nullptr;
+          loops.planes(x + o, loops.residual ? residual + o : nullptr, out.first, gate, len,
+                       channels[c].refer());
+        });
+      });
+}
+
+template <class T>
+void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>& loops,
+                     const Means* means, bool sums) {
+  using S = Simd<T>;
+  using C = typename S::C;
+  const Planes planes(p.shape);
+  const bool stream = p.shape.numel() * (int64_t)sizeof(T) >= stream_bytes;
+  const int64_t gate_row = ceil_div(p.shape.s, 8);
+  Buffer<Channel<C>> channels(p.shape.c);
+  auto* x = (const T*)f.x;
+  auto* dy = (const T*)f.dy;
+  auto* residual = (const T*)f.residual;
+  auto gate = [&](int64_t r, int64_t c, int64_t begin) {
+    return loops.gate ? f.gate + (r * p.shape.c + c) * gate_row + begin / 8 : nullptr;
+  };
+  for (int64_t c = 0; c < p.shape.c; ++c) {
+    channels[c].forward(f.statistics, f.affine, c);
+    if (means && means->dz)
+      channels[c].backward(f.statistics, f.affine, c, means->dz[c], means->dz_xhat[c]);
+  }
+  drive_planes<Sums>(
+      p, planes, 2 + loops.residual, sizeof(T), sums, f.dx || f.dz,
+      [&](int64_t c, int64_t i) {
+        const PlaneChunk k = planes.chunk(i);
+        Sums total;
+        Lanes<S> lanes;
+        planes.blocks(
+            k,
+            [&](int64_t r, int64_t begin, int64_t len) {
+              const int64_t o = planes.offset(r, c) + begin;
+              loops.sums(dy + o, x + o, loops.residual ? residual + o : nullptr, gate(r, c, begin),
+                         len, channels[c].refer(), lanes);
+            },
+            [&] { lanes.drain(total.dz, total.dz_d); lanes = {}; });
+        return total;
+      },
+      [&](int64_t c, const Sums& s) {
+        const double count = (double)p.shape.count();
+        f.sum_dz[c] = s.dz;
+        f.sum_dz_xhat[c] = xhat_sum(s, f.statistics, f.affine.eps, channels[c].m, c);
+        channels[c].backward(f.statistics, f.affine, c, s.dz / count, f.sum_dz_xhat[c] / count);
+      },
+      [&](int64_t c0, int64_t c1, const PlaneChunk& k) {
+        plane_pieces<T>(planes, c0, c1, k, stream, {(T*)f.dx, (T*)f.dz},
+                        [&](int64_t o, int64_t c, int64_t r, int64_t begin, int64_t len,
+                            const Outputs<T>& out) {
+          loops.planes(dy + o, x + o, loops.residual ? residual + o : nullptr, gate(r, c, begin),
+                       out.first, out.second, len, channels[c].refer());
+        });
+      });
+}
+
+// --------------------------------------------------------------------------------- columns
+
+// Rows of `width` elements; element j belongs to channel (j / span) % c. Two tricks keep vectors
+// full: few channels are laid side by side (several rows in one), and short runs of contiguous
+// N,C,* (2x2, 4x4) are columns of their own, merged into channels afterwards.
+struct Columns {
+  explicit Columns(const Shape& s, bool gate) : c(s.c) {
+    if (s.columns) {
+      // A row of the gate must start on a byte.
+      const int64_t repeat = s.c < 64 && !(gate && s.c % 8) ? ceil_div(64, s.c) : 1;
+      span = 1;
+      width = s.c * repeat;
+      rows = s.n / repeat;
+      tail = s.n % repeat * s.c;
+    } else {
+      span = s.s;
+      width = s.c * s.s;
+      rows = s.n;
+      tail = 0;
+    }
+    chunk_rows = std::clamp<int64_t>(262144 / std::min(width, tile_columns), block_rows, 8192);
+    chunks = std::max<int64_t>(1, ceil_div(rows, chunk_rows));
+  }
+  static bool suits(const Shape& s, bool gate) {
+    return s.columns || (s.s < 32 && !(gate && s.s % 8));
+  }
+  int64_t begin(int64_t chunk) const { return chunk * chunk_rows; }
+  int64_t count(int64_t chunk) const { return std::min(chunk_rows, rows - begin(chunk)); }
+  // Elements of the unfinished last row that fall to columns [j0, j1) of a chunk.
+  int64_t left(int64_t chunk, int64_t j0, int64_t j1) const {
+    return chunk == chunks - 1 ? std::clamp<int64_t>(tail - j0, 0, j1 - j0) : 0;
+  }
+  int64_t channel(int64_t j) const { return j / span % c; }
+  int64_t gate_row() const { return ceil_div(width, 8); }
+
+  int64_t c, span, width, rows, tail, chunk_rows, chunks;
+};
+
+// first: part(j0, j1, chunk); finish(j0, j1); second: apply(j0, j1, chunk).
+template <class Part, class Finish, class Apply>
+void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t size, bool first,
+                   bool second, Part part, Finish finish, Apply apply) {
+  auto whole_channels = [&](int64_t w) {
+    return k.width <= w || k.width == k.c * k.span ? std::min(k.width, ceil_div(w, k.span) * k.span)
+                                                   : k.width;
+  };
+  // A tile is narrow enough to stay in cache for the second visit, if that leaves runs of memory
+  // worth reading; otherwise everything is streamed twice, the second time backwards.
+  const int64_t fits = cache_bytes / (std::max<int64_t>(k.rows, 1) * size * tensors);
+  const int64_t share = ceil_div(k.width, p.pool.threads);
+  const int64_t narrow = whole_channels(std::min({fits, tile_columns, std::max<int64_t>(share, 64)}) / 16 * 16);
+  const bool tiled = fits >= 64 && (ceil_div(k.width, narrow) >= p.pool.threads ||
+                                    p.shape.numel() < serial_elements);
+  if (tiled && first && second) {
+    parallel(p, ceil_div(k.width, narrow), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t j0 = t * narrow, j1 = std::min(j0 + narrow, k.width);
+        for (int64_t i = 0; i < k.chunks; ++i) part(j0, j1, i);
+        finish(j0, j1);
+        for (int64_t i = k.chunks - 1; i >= 0; --i) apply(j0, j1, i);
+      }
+      stream_fence();
+    });
+    return;
+  }
+  const int64_t wide = whole_channels(tile_columns);
+  const int64_t tiles = ceil_div(k.width, wide);
+  auto each = [&](int64_t i, auto visit) {
+    const int64_t j0 = i % tiles * wide;
+    visit(j0, std::min(j0 + wide, k.width), i / tiles);
+  };
+  if (first) {
+    parallel(p, tiles * k.chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) each(i, part);
+    });
+    parallel(p, tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        each(i, [&](int64_t j0, int64_t j1, int64_t) { finish(j0, j1); });
+    });
+  }
+  if (second)
+    parallel(p, tiles * k.chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end - 1; i >= begin; --i) each(i, apply);
+      stream_fence();
+    });
+}
+
+// Coefficients by column.
+template <class C>
+struct ColumnCoefficients {
+  explicit ColumnCoefficients(const Columns& k)
+      : columns(k), padded(ceil_div(k.width, 16) * 16 + 16), data(5 * padded) {}
+  void set(int64_t j0, int64_t j1, const Channel<C>& v) {
+    for (int64_t j = j0; j < j1; ++j) {
+      data[j] = v.m;
+      data[padded + j] = v.a;
+      data[2 * padded + j] = v.b;
+      data[3 * padded + j] = v.k;
+      data[4 * padded + j] = v.c;
+    }
+  }
+  // value(channel) for the columns [j0, j1), whole channels of them.
+  template <class Value>
+  void fill(int64_t j0, int64_t j1, Value value) {
+    for (int64_t j = j0; j < j1; j += columns.span) set(j, j + columns.span, value(columns.channel(j)));
+  }
+  Coefficients<C> refer(int64_t j) const {
+    C* d = data.data + j;
+    return {d, d + padded, d + 2 * padded, d + 3 * padded, d + 4 * padded};
+  }
+  const Columns& columns;
+  int64_t padded;
+  Buffer<C> data;
+};
+
+// Partial results of the chunks, by column.
+struct Partial {
+  explicit Partial(const Columns& k) : columns(k), data(2 * k.chunks * k.width) {}
+  double* first(int64_t chunk) { return data.data + 2 * chunk * columns.width; }
+  double* second(int64_t chunk) { return first(chunk) + columns.width; }
+  double count(int64_t chunk, int64_t j) const {
+    return (double)(columns.count(chunk) + columns.left(chunk, j, j + 1));
+  }
+  const Columns& columns;
+  Buffer<double> data;
+};
+
+// Float sums of a block of rows into float64: block(row, rows, width, s, q).
+template <class C, class Block>
+void column_sums(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, double* sum,
+                 double* square, Block block) {
+  constexpr int64_t most = tile_columns + 64;
+  alignas(64) C s[most], q[most];
+  const int64_t width = j1 - j0;
+  auto add = [&](int64_t row, int64_t rows, int64_t some) {
+    std::fill(s, s + ceil_div(width, 16) * 16, C(0));
+    std::fill(q, q + ceil_div(width, 16) * 16, C(0));
+    block(row, rows, some, s, q);
+    for (int64_t j = 0; j < some; ++j) { sum[j] += s[j]; square[j] += q[j]; }
+  };
+  std::fill(sum, sum + width, 0.0);
+  std::fill(square, square + width, 0.0);
+  const int64_t begin = k.begin(chunk), end = begin + k.count(chunk);
+  for (int64_t r = begin; r < end; r += block_rows) add(r, std::min(block_rows, end - r), width);
+  if (const int64_t some = k.left(chunk, j0, j1)) add(k.rows, 1, some);
+}
+
+template <class T>
+void column_moments(const T* x, const Columns& k, int64_t j0, int64_t j1, int64_t chunk,
+                    Partial& partial) {
+  using C = typename Simd<T>::C;
+  alignas(64) C shift[tile_columns + 64], unused[tile_columns + 64];
+  const int64_t width = j1 - j0, few = std::min<int64_t>(k.count(chunk), 16);
+  const T* start = x + k.begin(chunk) * k.width + j0;
+  double* mean = partial.first(chunk) + j0;
+  double* m2 = partial.second(chunk) + j0;
+  std::fill(unused, unused + ceil_div(width, 16) * 16, C(0));
+  std::fill(shift, shift + ceil_div(width, 16) * 16, C(0));
+  if (few) {
+    alignas(64) C zero[tile_columns + 64] = {};
+    moments_columns<T>(start, k.width, few, width, zero, shift, unused);
+    for (int64_t j = 0; j < width; ++j) shift[j] *= C(1) / few;
+  }
+  column_sums<C>(k, j0, j1, chunk, mean, m2,
+                 [&](int64_t row, int64_t rows, int64_t some, C* s, C* q) {
+                   moments_columns<T>(x + row * k.width + j0, k.width, rows, some, shift, s, q);
+                 });
+  for (int64_t j = 0; j < width; ++j) {
+    const double count = partial.count(chunk, j0 + j);
+    Moments m;
+    if (count > 0) {
+      m = shifted(count, shift[j], mean[j], m2[j]);
+      if (doubtful<C>(m)) m = careful(start + j, (int64_t)count, k.width, 1, 1);
+    }
+    mean[j] = m.mean;
+    m2[j] = m.m2;
+  }
+}
+
+// Merges the chunks of columns [j0, j1) into the first chunk's place.
+inline void merge_moments(const Columns& k, int64_t j0, int64_t j1, Partial& partial) {
+  // Columns of equal counts share the weights, so the loop over them is free of divisions.
+  const int64_t split = std::clamp(k.tail, j0, j1);
+  for (const auto& [from, to] : {std::pair{j0, split}, std::pair{split, j1}}) {
+    if (from == to) continue;
+    double count = partial.count(0, from);
+    double *mean = partial.first(0), *m2 = partial.second(0);
+    for (int64_t i = 1; i < k.chunks; ++i) {
+      const double more = partial.count(i, from), share = more / (count + more);
+      const double *other = partial.first(i), *other2 = partial.second(i);
+      for (int64_t j = from; j < to; ++j) {
+        const double delta = other[j] - mean[j];
+        m2[j] += other2[j] + delta * delta * (count * share);
+        mean[j] += delta * share;
+      }
+      count += more;
+    }
+  }
+}
+
+// Calls run(offset, row, len, out) for the rows of a chunk, and streams what it writes when asked.
+// Rows that are whole are joined into longer pieces.
+template <class T, class Run>
+void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool stream,
+                   const Outputs<T>& outputs, Run run) {
+  Stage<T> stage;
+  const int64_t width = j1 - j0;
+  const int64_t joined =
+      width == k.width ? std::max<int64_t>(1, stage_elements(sizeof(T)) / width) : 1;
+  auto piece = [&](int64_t row, int64_t rows, int64_t len) {
+    const int64_t start = row * k.width + j0;
+    const Outputs<T> to = outputs.at(start), out = stream ? stage.instead_of(to) : to;
+    for (int64_t r = 0; r < rows; ++r) run(start + r * k.width, row + r, len, out.at(r * width));
+    if (stream) stage.flush(to, (rows - 1) * width + len);
+  };
+  if (const int64_t some = k.left(chunk, j0, j1)) piece(k.rows, 1, some);
+  const int64_t begin = k.begin(chunk);
+  for (int64_t end = begin + k.count(chunk); end > begin; end -= std::min(joined, end - begin))
+    piece(std::max(begin, end - joined), std::min(joined, end - begin), width);
+}
+
+template <class T>
+void forward_columns(const Problem& p, const Forward& f, const ForwardLoops<T>& loops, bool moments,
+                     bool normalize) {
+  using C = typename Simd<T>::C;
+  const Columns k(p.shape, loops.gate);
+  const bool stream = p.shape.numel() * (int64_t)sizeof(T) >= stream_bytes;
+  auto* x = (const T*)f.x;
+  auto* residual = (const T*)f.residual;
+  ColumnCoefficients<C> coefficients(k);
+  Partial partial(k);
+  auto coefficient = [&](int64_t c) {
+    Channel<C> v;
+    v.forward(f.statistics, f.affine, c);
+    return v;
+  };
+  if (!moments) coefficients.fill(0, k.width, coefficient);
+  drive_columns(
+      p, k, 1, sizeof(T), moments, normalize,
+      [&](int64_t j0, int64_t j1, int64_t i) { column_moments(x, k, j0, j1, i, partial); },
+      [&](int64_t j0, int64_t j1) {
+        merge_moments(k, j0, j1, partial);
+        const int64_t channels = std::min((j1 - j0) / k.span, k.c);
+        for (int64_t i = 0; i < channels; ++i) {
+          const int64_t c = k.channel(j0) + i;
+          Moments total;
+          for (int64_t j = j0 + i * k.span; j < j1; j += k.c * k.span)
+            for (int64_t u = j; u < j + k.span; ++u) {
+              double count = 0;
+              for (int64_t h = 0; h < k.chunks; ++h) count += partial.count(h, u);
+              total.merge({count, partial.first(0)[u], partial.second(0)[u]});
+            }
+          f.statistics.mean[c] = total.mean;
+          f.statistics.var[c] = total.m2 / total.count;
+        }
+        if (normalize) coefficients.fill(j0, j1, coefficient);
+      },
+      [&](int64_t j0, int64_t j1, int64_t i) {
+        column_pieces<T>(k, j0, j1, i, stream, {(T*)f.y, nullptr},
+                         [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
+          loops.columns(x + o, loops.residual ? residual + o : nullptr, out.first,
+                        loops.gate ? f.gate + row * k.gate_row() + j0 / 8 : nullptr, len,
+                        coefficients.refer(j0));
+        });
+      });
+}
+
+template <class T>
+void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T>& loops,
+                      const Means* means, bool sums) {
+  using C = typename Simd<T>::C;
+  const Columns k(p.shape, loops.gate);
+  const bool stream = p.shape.numel() * (int64_t)sizeof(T) >= stream_bytes;
+  auto* x = (const T*)f.x;
+  auto* dy = (const T*)f.dy;
+  auto* residual = (const T*)f.residual;
+  ColumnCoefficients<C> coefficients(k);
+  Partial partial(k);
+  coefficients.fill(0, k.width, [&](int64_t c) {
+    Channel<C> v;
+    v.forward(f.statistics, f.affine, c);
+    if (means && means->dz) v.backward(f.statistics, f.affine, c, means->dz[c], means->dz_xhat[c]);
+    return v;
+  });
+  auto gate = [&](int64_t row, int64_t j) {
+    return loops.gate ? f.gate + row * k.gate_row() + j / 8 : nullptr;
+  };
+  drive_columns(
+      p, k, 2 + loops.residual, sizeof(T), sums, f.dx || f.dz,
+      [&](int64_t j0, int64_t j1, int64_t i) {
+        column_sums<C>(k, j0, j1, i, partial.first(i) + j0, partial.second(i) + j0,
+                       [&](int64_t row, int64_t rows, int64_t some, C* s, C* q) {
+          const int64_t o = row * k.width + j0;
+          loops.column_sums(dy + o, x + o, loops.residual ? residual + o : nullptr, gate(row, j0),
+                            k.width, k.gate_row(), rows, some, coefficients.refer(j0), s, q);
+        });
+      },
+      [&](int64_t j0, int64_t j1) {
+        for (int64_t i = 1; i < k.chunks; ++i)
+          for (int64_t j = j0; j < j1; ++j) {
+            partial.first(0)[j] += partial.first(i)[j];
+            partial.second(0)[j] += partial.second(i)[j];
+          }
+        const int64_t channels = std::min((j1 - j0) / k.span, k.c);
+        for (int64_t i = 0; i < channels; ++i) {
+          const int64_t c = k.channel(j0) + i;
+          Sums total;
+          for (int64_t j = j0 + i * k.span; j < j1; j += k.c * k.span)
+            for (int64_t u = j; u < j + k.span; ++u)
+              total.merge({partial.first(0)[u], partial.second(0)[u]});
+          Channel<C> v;
+          v.forward(f.statistics, f.affine, c);
+          f.sum_dz[c] = total.dz;
+          f.sum_dz_xhat[c] = xhat_sum(total, f.statistics, f.affine.eps, v.m, c);
+        }
+        const double count = (double)p.shape.count();
+        coefficients.fill(j0, j1, [&](int64_t c) {
+          Channel<C> v;
+          v.forward(f.statistics, f.affine, c);
+          v.backward(f.statistics, f.affine, c, f.sum_dz[c] / count, f.sum_dz_xhat[c] / count);
+          return v;
+        });
+      },
+      [&](int64_t j0, int64_t j1, int64_t i) {
+        column_pieces<T>(k, j0, j1, i, stream, {(T*)f.dx, (T*)f.dz},
+                         [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
+          loops.columns(dy + o, x + o, loops.residual ? residual + o : nullptr, gate(row, j0),
+                        out.first, out.second, len, coefficients.refer(j0));
+        });
+      });
+}
+
+// ------------------------------------------------------------------------------- selection
+
+template <class Visit>
+void with_type(Type type, Visit visit) {
+  switch (type) {
+    case Type::f32: return visit(float{});
+    case Type::f64: return visit(double{});
+    case Type::bf16: return visit(bf16{});
+    case Type::f16: return visit(f16{});
+  }
+}
+
+template <Activation A>
+using activation = std::integral_constant<Activation, A>;
+
+template <class Visit>
+void with_activation(Activation a, Visit visit) {
+  switch (a) {
+    case Activation::none: return visit(activation<Activation::none>{});
+    case Activation::relu: return visit(activation<Activation::relu>{});
+    case Activation::relu6: return visit(activation<Activation::relu6>{});
+    case Activation::leaky_relu: return visit(activation<Activation::leaky_relu>{});
+    case Activation::silu: return visit(activation<Activation::silu>{});
+    case Activation::gelu: return visit(activation<Activation::gelu>{});
+    case Activation::hardswish: return visit(activation<Activation::hardswish>{});
+  }
+}
+
+void forward_any(const Problem& p, const Forward& f, bool moments, bool normalize) {
+  with_type(p.type, [&](auto t) {
+    using T = decltype(t);
+    ForwardLoops<T> loops{};
+    with_activation(p.activation, [&](auto a) {
+      constexpr Activation A = decltype(a)::value;
+      loops = f.residual ? ForwardLoops<T>::template of<A, true, false>()
+                         : ForwardLoops<T>::template of<A, false, false>();
+      if constexpr (Act<Simd<T>, A>::has_gate)
+        if (f.gate) loops = ForwardLoops<T>::template of<A, true, true>();
+    });
+    if (Columns::suits(p.shape, loops.gate)) forward_columns<T>(p, f, loops, moments, normalize);
+    else forward_planes<T>(p, f, loops, moments, normalize);
+  });
+}
+
+void backward_any(const Problem& p, const Backward& f, const Means* means, bool sums) {
+  with_type(p.type, [&](auto t) {
+    using T = decltype(t);
+    BackwardLoops<T> loops{};
+    with_activation(p.activation, [&](auto a) {
+      constexpr Activation A = decltype(a)::value;
+      using From = Preactivation;
+      loops = BackwardLoops<T>::template of<A, From::from_x>();
+      if constexpr (A != Activation::none)
+        if (f.preactivation == From::from_residual)
+          loops = BackwardLoops<T>::template of<A, From::from_residual>();
+      if constexpr (Act<Simd<T>, A>::has_gate)
+        if (f.preactivation == From::from_gate)
+          loops = BackwardLoops<T>::template of<A, From::from_gate>();
+    });
+    if (Columns::suits(p.shape, loops.gate)) backward_columns<T>(p, f, loops, means, sums);
+    else backward_planes<T>(p, f, loops, means, sums);
+  });
+}
+
+void moments(const Problem& p, const void* x, Statistics statistics) {
+  forward_any(p, {x, nullptr, statistics, {}, nullptr, nullptr}, true, false);
+}
+void normalize(const Problem& p, const Forward& f) { forward_any(p, f, false, true); }
+void forward(const Problem& p, const Forward& f) { forward_any(p, f, true, true); }
+void backward_sums(const Problem& p, const Backward& f) { backward_any(p, f, nullptr, true); }
+void backward_apply(const Problem& p, const Backward& f, const Means& means) {
+  backward_any(p, f, &means, false);
+}
+void backward(const Problem& p, const Backward& f) { backward_any(p, f, nullptr, true); }
+
+#define BATCHNORM_STRING(name) #name
+#define BATCHNORM_NAME(name) BATCHNORM_STRING(name)
+
+extern const Kernels table;
+const Kernels table = {BATCHNORM_NAME(BATCHNORM_ISA), moments,        normalize, forward,
+                       backward_sums,                 backward_apply, backward};
+
+}  // namespace batchnorm::BATCHNORM_ISA

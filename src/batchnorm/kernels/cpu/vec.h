@@ -1,0 +1,233 @@
+// Thin vectors: a fixed number of lanes of float or double and the few operations the kernels use.
+// Written in the compiler's vector extension, which every target lowers (SSE2, NEON, ...);
+// intrinsics only where the extension has no word for it. Included once per instruction set, inside
+// the namespace BATCHNORM_ISA, so that no inline function is shared between sets.
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace batchnorm::BATCHNORM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int float_lanes = 16;
+#else
+constexpr int float_lanes = 8;
+#endif
+constexpr int double_lanes = 8;
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+typedef float vfloat __attribute__((vector_size(4 * float_lanes)));
+typedef int32_t vint __attribute__((vector_size(4 * float_lanes)));
+typedef uint32_t vuint __attribute__((vector_size(4 * float_lanes)));
+typedef uint16_t vu16 __attribute__((vector_size(2 * float_lanes)));
+typedef double vdouble __attribute__((vector_size(8 * double_lanes)));
+typedef int64_t vlong __attribute__((vector_size(8 * double_lanes)));
+
+// Lane sums in a fixed order.
+template <class V, class E>
+inline double lane_sum(const V& v, int lanes) {
+  E lane[64 / sizeof(E)];
+  std::memcpy(lane, &v, sizeof v);
+  double sum = 0;
+  for (int i = 0; i < lanes; ++i) sum += lane[i];
+  return sum;
+}
+
+struct OfFloat {
+  using C = float;
+  using V = vfloat;
+  using I = vint;
+  static constexpr int W = float_lanes;
+  static V set(float x) { return x - V{}; }
+  static V load_c(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+  static void store_c(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static double sum(V v) { return lane_sum<V, float>(v, W); }
+#if defined(__AVX512F__)
+  static V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+  static uint32_t bits(I m) { return _mm512_movepi32_mask((__m512i)m); }
+  static I mask(uint32_t b) { return (I)_mm512_movm_epi32((__mmask16)b); }
+#elif defined(__AVX2__)
+  static V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+  static uint32_t bits(I m) { return _mm256_movemask_ps((__m256)m); }
+  static I mask(uint32_t b) {
+    const I lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    return (lane & (int32_t)b) != 0;
+  }
+#else
+  static V fma(V a, V b, V c) { return a * b + c; }
+  static uint32_t bits(I m) {
+    uint32_t b = 0;
+    for (int i = 0; i < W; ++i) b |= (uint32_t)(m[i] & 1) << i;
+    return b;
+  }
+  static I mask(uint32_t b) {
+    const I lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    return (lane & (int32_t)b) != 0;
+  }
+#endif
+};
+
+struct OfDouble {
+  using C = double;
+  using V = vdouble;
+  using I = vlong;
+  static constexpr int W = double_lanes;
+  static V set(double x) { return x - V{}; }
+  static V load_c(const double* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+  static void store_c(double* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static double sum(V v) { return lane_sum<V, double>(v, W); }
+#if defined(__AVX512F__)
+  static V fma(V a, V b, V c) { return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#else
+  static V fma(V a, V b, V c) { return a * b + c; }
+#endif
+  static uint32_t bits(I m) {
+    uint32_t b = 0;
+    for (int i = 0; i < W; ++i) b |= (uint32_t)(m[i] & 1) << i;
+    return b;
+  }
+  static I mask(uint32_t b) {
+    const I lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    return (lane & (int64_t)b) != 0;
+  }
+};
+
+// Simd<T>: memory of type T, arithmetic in C.
+template <class T>
+struct Simd;
+
+// Tails go through a full vector on the stack; only AVX-512 has a cheaper way worth its lines.
+template <class S, class T>
+inline typename S::V load_some(const T* p, int n, typename S::C fill) {
+  typename S::C lane[S::W];
+  T some[S::W] = {};
+  std::memcpy(some, p, n * sizeof(T));
+  S::store_c(lane, S::load(some));
+  for (int i = n; i < S::W; ++i) lane[i] = fill;
+  return S::load_c(lane);
+}
+template <class S, class T>
+inline void store_some(T* p, typename S::V v, int n) {
+  T some[S::W];
+  S::store(some, v);
+  std::memcpy(p, some, n * sizeof(T));
+}
+
+template <>
+struct Simd<float> : OfFloat {
+  static V load(const float* p) { return load_c(p); }
+  static void store(float* p, V v) { store_c(p, v); }
+#if defined(__AVX512F__)
+  static V load_n(const float* p, int n, float fill) {
+    return (V)_mm512_mask_loadu_ps((__m512)set(fill), (__mmask16)((1u << n) - 1), p);
+  }
+  static void store_n(float* p, V v, int n) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+  }
+#else
+  static V load_n(const float* p, int n, float fill) { return load_some<Simd>(p, n, fill); }
+  static void store_n(float* p, V v, int n) { store_some<Simd>(p, v, n); }
+#endif
+};
+
+template <>
+struct Simd<double> : OfDouble {
+  static V load(const double* p) { return load_c(p); }
+  static void store(double* p, V v) { store_c(p, v); }
+  static V load_n(const double* p, int n, double fill) { return load_some<Simd>(p, n, fill); }
+  static void store_n(double* p, V v, int n) { store_some<Simd>(p, v, n); }
+};
+
+template <>
+struct Simd<bf16> : OfFloat {
+  static V widen(vu16 h) { return (V)(__builtin_convertvector(h, vuint) << 16); }
+  static vu16 narrow(V v) {
+    // Round to nearest even; a NaN keeps its high bits and gets a quiet bit.
+    const vuint u = (vuint)v;
+    const vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const vuint chosen = (vuint)(v != v) ? ((u >> 16) | 0x40u) : rounded;
+    return __builtin_convertvector(chosen, vu16);
+  }
+  static V load(const bf16* p) { vu16 h; std::memcpy(&h, p, sizeof h); return widen(h); }
+  static void store(bf16* p, V v) { const vu16 h = narrow(v); std::memcpy(p, &h, sizeof h); }
+#if defined(__AVX512F__)
+  static V load_n(const bf16* p, int n, float fill) {
+    const __mmask16 m = (1u << n) - 1;
+    const V v = widen((vu16)_mm256_maskz_loadu_epi16(m, p));
+    return (V)_mm512_mask_mov_ps((__m512)set(fill), m, (__m512)v);
+  }
+  static void store_n(bf16* p, V v, int n) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)narrow(v));
+  }
+#else
+  static V load_n(const bf16* p, int n, float fill) { return load_some<Simd>(p, n, fill); }
+  static void store_n(bf16* p, V v, int n) { store_some<Simd>(p, v, n); }
+#endif
+};
+
+template <>
+struct Simd<f16> : OfFloat {
+#if defined(__AVX512F__)
+  static V load(const f16* p) { return (V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+  static void store(f16* p, V v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static V load(const f16* p) { return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static void store(f16* p, V v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static V load(const f16* p) {
+    V v;
+    for (int i = 0; i < W; ++i) { _Float16 h; std::memcpy(&h, p + i, 2); v[i] = (float)h; }
+    return v;
+  }
+  static void store(f16* p, V v) {
+    for (int i = 0; i < W; ++i) { const _Float16 h = (_Float16)v[i]; std::memcpy(p + i, &h, 2); }
+  }
+#endif
+  static V load_n(const f16* p, int n, float fill) { return load_some<Simd>(p, n, fill); }
+  static void store_n(f16* p, V v, int n) { store_some<Simd>(p, v, n); }
+};
+
+// Copies a finished piece past the caches: an ordinary store would first read the line it
+// overwrites, one more pass over the output.
+inline void stream_out(void* to, const void* from, int64_t bytes) {
+#if defined(__x86_64__)
+  char* out = (char*)to;
+  const char* in = (const char*)from;
+  int64_t head = -(intptr_t)out & 63;
+  if (head > bytes) head = bytes;
+  std::memcpy(out, in, head);
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)(out + i), _mm512_loadu_si512(in + i));
+#elif defined(__AVX2__)
+    for (int k = 0; k < 64; k += 32)
+      _mm256_stream_si256((__m256i*)(out + i + k), _mm256_loadu_si256((const __m256i*)(in + i + k)));
+#else
+    for (int k = 0; k < 64; k += 16)
+      _mm_stream_si128((__m128i*)(out + i + k), _mm_loadu_si128((const __m128i*)(in + i + k)));
+#endif
+  }
+  std::memcpy(out + i, in + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// Streamed stores are weakly ordered: a thread fences before it reports its work done.
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA
