@@ -86,6 +86,8 @@ struct Backward {
 struct Means {
   const double* dz;
   const double* dz_xhat;
+  double of_dz(int64_t c) const { return dz ? dz[c] : 0; }
+  double of_dz_xhat(int64_t c) const { return dz_xhat ? dz_xhat[c] : 0; }
 };
 
 // One set of entry points per instruction set.

@@ -336,8 +336,8 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
   };
   for (int64_t c = 0; c < p.shape.c; ++c) {
     channels[c].forward(f.statistics, f.affine, c);
-    if (means && means->dz)
-      channels[c].backward(f.statistics, f.affine, c, means->dz[c], means->dz_xhat[c]);
+    if (means)
+      channels[c].backward(f.statistics, f.affine, c, means->of_dz(c), means->of_dz_xhat(c));
   }
   drive_planes<Sums>(
       p, planes, 2 + loops.residual, sizeof(T), sums, f.dx || f.dz,
@@ -379,8 +379,9 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
 struct Columns {
   explicit Columns(const Shape& s, bool gate) : c(s.c) {
     if (s.columns) {
-      // A row of the gate must start on a byte.
-      const int64_t repeat = s.c < 64 && !(gate && s.c % 8) ? ceil_div(64, s.c) : 1;
+      // A row of the gate must start on a byte, and every column needs rows to take a shift from.
+      const int64_t repeat =
+          gate && s.c % 8 ? 1 : std::clamp<int64_t>(s.n / 16, 1, ceil_div(64, s.c));
       span = 1;
       width = s.c * repeat;
       rows = s.n / repeat;
@@ -652,7 +653,7 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
   coefficients.fill(0, k.width, [&](int64_t c) {
     Channel<C> v;
     v.forward(f.statistics, f.affine, c);
-    if (means && means->dz) v.backward(f.statistics, f.affine, c, means->dz[c], means->dz_xhat[c]);
+    if (means) v.backward(f.statistics, f.affine, c, means->of_dz(c), means->of_dz_xhat(c));
     return v;
   });
   auto gate = [&](int64_t row, int64_t j) {

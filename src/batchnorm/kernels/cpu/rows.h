@@ -61,7 +61,7 @@ void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len,
     auto z = S::fma(load<S>(x + i, n) - at<S, Columns>(p.m, i), at<S, Columns>(p.a, i),
                     at<S, Columns>(p.b, i));
     if constexpr (Residual) z += load<S>(r + i, n);
-    if constexpr (Gate) store_bits(gate, i, S::bits(Act<S, A>::pass(z)), n);
+    if constexpr (Gate) store_bits(gate, i, S::bits(Act<S, A>::pass(z)) & ((1u << n) - 1), n);
     store<S>(y + i, Act<S, A>::forward(z), n);
   });
 }
