@@ -312,4 +312,4 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, library) {
   library.impl("backward_apply", TORCH_BOX(&backward_apply));
 }
 
-extern "C" const char* batchnorm_cpu_instruction_set() { return batchnorm::kernels().name; }
+extern "C" __attribute__((visibility("default"))) const char* batchnorm_cpu_instruction_set() { return batchnorm::kernels().name; }

@@ -1,0 +1,29 @@
+"""Compiled implementations of the ops, and why one is missing."""
+
+import ctypes
+import platform
+from importlib.resources import as_file, files
+
+import torch
+
+__all__ = ["load_cpu"]
+
+
+def load_cpu() -> str:
+    """Load the CPU kernels; say which instruction set they use, or raise ImportError with the
+    reason why there are none.
+    """
+    suffix = "so" if platform.system() == "Linux" else "dylib"
+    built = files(__name__)
+    library = built.joinpath(f"libbatchnorm_cpu.{suffix}")
+    if not library.is_file():
+        reason = built.joinpath("without_kernels.txt")
+        raise ImportError(reason.read_text() if reason.is_file() else "they were not built")
+    with as_file(library) as path:
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise ImportError(f"they do not load: {error}") from error
+        name = ctypes.CDLL(str(path)).batchnorm_cpu_instruction_set
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
