@@ -25,7 +25,7 @@ constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a
 constexpr int64_t cache_bytes = 1 << 20;    // what one thread revisits: half of a 2 MB L2
 constexpr int64_t stage_bytes = 8192;       // a finished piece, in L1 until streamed
 constexpr int64_t stream_bytes = 4 << 20;   // outputs above this are not kept in cache
-constexpr int64_t serial_elements = 16384;  // below, waking threads costs more than the work
+constexpr int64_t serial_elements = 32768;  // below, waking threads costs more than the work
 constexpr int64_t tile_columns = 512;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

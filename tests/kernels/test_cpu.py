@@ -1,0 +1,188 @@
+"""The CPU kernels against the reference in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from batchnorm import ops
+from batchnorm.ops.reference import ACTIVATIONS
+from tests.kernels.cases import LAYOUTS, Case, channels_last, contiguous, error, is_compiled
+from tests.tolerances import KERNEL, KERNEL_OFF_CENTRE
+
+RELU = ACTIVATIONS.index("relu")
+
+
+def test_the_compiled_kernels_are_used() -> None:
+    assert is_compiled(), ops.kernels()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+SHAPES = {
+    "planes": ((8, 6, 56, 56), contiguous),
+    "long planes": ((2, 3, 200_000), contiguous),
+    "short rows": ((32, 40, 7, 7), contiguous),
+    "tiny rows": ((64, 48, 2, 2), contiguous),
+    "channels last": ((8, 64, 28, 28), channels_last),
+    "few channels last": ((16, 3, 64, 64), channels_last),
+    "channels last 3d": ((4, 24, 5, 14, 14), channels_last),
+    "two axes": ((4096, 256), contiguous),
+    "small": ((60, 100), contiguous),
+}
+
+
+def draw(shape: tuple[int, ...], ratio: float, seed: int = 0, offset_of_dy: float = 0.0) -> Case:
+    """Values of mean/std ``ratio``; the gradient, too, may be off centre."""
+    g = torch.Generator().manual_seed(seed)
+    c = shape[1]
+    return Case(
+        x=torch.randn(shape, generator=g) + ratio,
+        dy=torch.randn(shape, generator=g) + offset_of_dy,
+        weight=torch.rand(c, generator=g) + 0.5,
+        bias=torch.randn(c, generator=g),
+    )
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("ratio", [0.0, 30.0, 1e3])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.usefixtures("threads")
+def test_exact_in_every_layout(name: str, ratio: float, number: int) -> None:
+    torch.set_num_threads(number)
+    shape, layout = SHAPES[name]
+    case = draw(shape, ratio, offset_of_dy=0.5)
+    case.x, case.dy = layout(case.x), layout(case.dy)
+    case.activation = RELU
+    bound = KERNEL if ratio == 0 else KERNEL_OFF_CENTRE
+    errors = case.errors()
+    assert {k: v for k, v in errors.items() if not v <= bound} == {}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.usefixtures("threads")
+def test_bitwise_the_same_for_any_number_of_threads(name: str, residual: bool) -> None:
+    shape, layout = SHAPES[name]
+    case = draw(shape, 3.0)
+    case.x, case.dy = layout(case.x), layout(case.dy)
+    case.activation = RELU
+    case.residual = layout(torch.randn(shape)) if residual else None
+    results = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        results.append(case.run())
+    for name, value in results[0].items():
+        for other in results[1:]:
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_extreme_magnitudes(scale: float, layout: str) -> None:
+    case = draw((16, 12, 9, 9), 3.0)
+    case.x = LAYOUTS[layout](case.x * scale)
+    case.activation = RELU
+    # Where everything is below √eps the output is all β, unless eps goes along.
+    case.eps = 0.0 if scale < 1 else 1e-5
+    assert max(v for k, v in case.errors().items() if "var" not in k and "mean" not in k) <= KERNEL
+    if scale < 1:
+        case.eps = 1e-5
+        y = case.forward()[0]
+        beta = case.bias.relu().view(1, -1, 1, 1).expand_as(y)  # type: ignore[union-attr]
+        assert error(y, beta) <= KERNEL
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e3, 0.1])
+def test_zero_variance_gives_beta(value: float, layout: str) -> None:
+    case = draw((5, 7, 6, 6), 0.0)
+    case.x = LAYOUTS[layout](torch.full_like(case.x, value))
+    y, _, var, _ = case.forward()
+    assert torch.equal(var, torch.zeros_like(var))
+    assert torch.equal(y, case.bias.view(1, -1, 1, 1).expand_as(y))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_and_inf_stay_in_their_channel(layout: str) -> None:
+    case = draw((4, 5, 8, 8), 0.0)
+    case.x[1, 2, 3, 3] = float("nan")
+    case.x[1, 4, 3, 3] = float("inf")
+    case.x = LAYOUTS[layout](case.x)
+    case.activation = RELU
+    y = case.forward()[0]
+    assert y[:, [0, 1, 3]].isfinite().all()
+    assert y[:, 2].isnan().all()
+    assert y[:, 4].isnan().any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(16, 70, 33, 9), (32, 40, 7, 7), (300, 130), (64, 600, 20, 20)])
+def test_every_element_is_written(shape: tuple[int, ...], layout: str) -> None:
+    """What an op returns next is laid over memory that is full of NaN."""
+    case = draw(shape, 0.0)
+    case.x, case.dy = LAYOUTS[layout](case.x), LAYOUTS[layout](case.dy)
+    case.activation = RELU
+    case.residual = torch.randn(shape)
+    for value in case.run().values():
+        value.fill_(float("nan") if value.is_floating_point() else 255)
+    for _ in range(3):
+        torch.full(shape, float("nan"))
+    errors = case.errors()
+    assert max(errors.values()) <= KERNEL, errors
+
+
+def test_unknown_strides_give_a_contiguous_result() -> None:
+    case = draw((3, 4, 5, 6), 0.0)
+    plain = case.forward()[0]
+    case.x = LAYOUTS["strided"](case.x)
+    y = case.forward()[0]
+    assert y.is_contiguous()
+    assert torch.equal(y, plain)
+
+
+def test_a_large_output_outlives_its_input_and_is_used_again() -> None:
+    case = draw((8, 64, 56, 56), 0.0)
+    y = case.forward()[0]
+    place, copy = y.data_ptr(), y.clone()
+    view = y[1:]
+    del y
+    second = case.forward()[0]
+    assert second.data_ptr() != place  # the view still holds it
+    assert torch.equal(view, copy[1:])
+    del view
+    assert case.forward()[0].data_ptr() == place
+    second.share_memory_()
+    assert torch.equal(second, copy)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_lesser_instruction_sets(isa: str) -> None:
+    """The fuzz test and the exactness table again, in a process held to another set."""
+    here = os.path.dirname(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x"]
+    command += [here, "-k", "fuzz or exact or extreme or instruction_set_is"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "BATCHNORM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(os.path.dirname(here)),
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_the_instruction_set_is_the_one_asked_for() -> None:
+    asked = os.environ.get("BATCHNORM_CPU_ISA")
+    if asked and asked != "avx512":
+        assert ops.kernels()["cpu"] == f"compiled ({asked})"
