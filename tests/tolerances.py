@@ -1,5 +1,7 @@
 """Every tolerance of the tests, with its reason. None is relaxed by environment."""
 
+import torch
+
 DOUBLE = 1e-10
 """Relative, float64: sums of some hundred products, each rounded at 1e-16."""
 
@@ -27,3 +29,20 @@ LIKE_TORCH = 1e-5
 MOMENTS = 1e-6
 """Of a standard deviation (the mean), relative (the variance): float32 sums of blocks of centred
 values, a dozen roundings of 6e-8, merged in float64."""
+
+KERNEL = 2e-6
+"""Relative to the largest value, or to 1 (sums of n: to √n): a float32 kernel on standardised
+input. y is four roundings of 6e-8 at values up to 5; the sums are merged in float64."""
+
+KERNEL_OFF_CENTRE = 1e-4
+"""The same at mean/std up to 1e3, where x itself is known to 6e-5 of a standard deviation."""
+
+KERNEL_BY_TYPE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 3e-3,
+}
+"""The fuzz test's: several hundred roundings of the type (float64); weight/σ up to 10 on values of
+any scale (float32); one rounding of the output, and dz rounded once more between the two halves
+of a synchronised backward (2^-8 and 2^-11, each on values a few times the typical one)."""
