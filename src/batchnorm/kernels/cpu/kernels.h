@@ -11,6 +11,8 @@
 #include <memory>
 #include <type_traits>
 
+#include <unistd.h>
+
 #include "core.h"
 #include "vec.h"
 // vec.h first: the others build on it.
@@ -22,13 +24,22 @@ namespace batchnorm::BATCHNORM_ISA {
 constexpr int64_t block_elements = 8192;    // summed in float lanes before going to float64
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
-constexpr int64_t cache_bytes = 1 << 20;    // what one thread revisits: half of a 2 MB L2
 constexpr int64_t stage_bytes = 8192;       // a finished piece, in L1 until streamed
 constexpr int64_t stream_bytes = 4 << 20;   // outputs above this are not kept in cache
 constexpr int64_t serial_elements = 32768;  // below, waking threads costs more than the work
 constexpr int64_t tile_columns = 512;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What one thread can read again before it leaves its own cache.
+inline int64_t cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t l2 = 0;
+#endif
+  return std::max<int64_t>(l2, 1 << 20) / 4 * 3;
+}
 
 template <class F>
 void parallel(const Problem& p, int64_t count, F body) {
@@ -220,7 +231,7 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
   // Neighbouring channels together, so that what is written is long runs; all of a group's
   // inputs stay in cache until they are read again.
   const int64_t channel_bytes = s.count() * size * tensors;
-  int64_t group = std::min({cache_bytes / 2 / std::max<int64_t>(channel_bytes, 1),
+  int64_t group = std::min({cache_bytes() / 2 / std::max<int64_t>(channel_bytes, 1),
                             stage_elements(size) / s.s, s.c / (4 * p.pool.threads)});
   group = std::max<int64_t>(group, 1);
   parallel(p, ceil_div(s.c, group), [&](int64_t begin, int64_t end) {
@@ -396,7 +407,7 @@ struct Columns {
     chunks = std::max<int64_t>(1, ceil_div(rows, chunk_rows));
   }
   static bool suits(const Shape& s, bool gate) {
-    return s.columns || (s.s < 32 && !(gate && s.s % 8));
+    return s.columns || (s.s < 64 && !(gate && s.s % 8));
   }
   int64_t begin(int64_t chunk) const { return chunk * chunk_rows; }
   int64_t count(int64_t chunk) const { return std::min(chunk_rows, rows - begin(chunk)); }
@@ -405,6 +416,11 @@ struct Columns {
     return chunk == chunks - 1 ? std::clamp<int64_t>(tail - j0, 0, j1 - j0) : 0;
   }
   int64_t channel(int64_t j) const { return j / span % c; }
+  // visit(channel, j): the first column of each channel that has columns in [j0, j1).
+  template <class Visit>
+  void channels(int64_t j0, int64_t j1, Visit visit) const {
+    for (int64_t j = j0; j < std::min(j1, j0 + c * span); j += span) visit(channel(j), j);
+  }
   int64_t gate_row() const { return ceil_div(width, 8); }
 
   int64_t c, span, width, rows, tail, chunk_rows, chunks;
@@ -420,7 +436,7 @@ void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t 
   };
   // A tile is narrow enough to stay in cache for the second visit, if that leaves runs of memory
   // worth reading; otherwise everything is streamed twice, the second time backwards.
-  const int64_t fits = cache_bytes / (std::max<int64_t>(k.rows, 1) * size * tensors);
+  const int64_t fits = cache_bytes() / (std::max<int64_t>(k.rows, 1) * size * tensors);
   const int64_t share = ceil_div(k.width, p.pool.threads);
   const int64_t narrow = whole_channels(std::min({fits, tile_columns, std::max<int64_t>(share, 64)}) / 16 * 16);
   const bool tiled = fits >= 64 && (ceil_div(k.width, narrow) >= p.pool.threads ||
@@ -524,7 +540,7 @@ void column_moments(const T* x, const Columns& k, int64_t j0, int64_t j1, int64_
                     Partial& partial) {
   using C = typename Simd<T>::C;
   alignas(64) C shift[tile_columns + 64], unused[tile_columns + 64];
-  const int64_t width = j1 - j0, few = std::min<int64_t>(k.count(chunk), 16);
+  const int64_t width = j1 - j0, few = std::min<int64_t>(k.count(chunk), 4);
   const T* start = x + k.begin(chunk) * k.width + j0;
   double* mean = partial.first(chunk) + j0;
   double* m2 = partial.second(chunk) + j0;
@@ -572,6 +588,40 @@ inline void merge_moments(const Columns& k, int64_t j0, int64_t j1, Partial& par
   }
 }
 
+// The sum over `span` columns of value(at), where at(p) reads p[0], p[1], ... in vectors.
+template <class Value>
+inline double sum_columns(int64_t span, Value value) {
+  using S = OfDouble;
+  S::V sum = {};
+  int64_t i = 0;
+  for (; i + S::W <= span; i += S::W) sum += value([&](const double* p) { return S::load_c(p + i); });
+  double total = span >= S::W ? S::sum(sum) : 0;
+  for (; i < span; ++i) total += value([&](const double* p) { return p[i]; });
+  return total;
+}
+
+// The moments of one channel from its columns, the first of which is j.
+inline Moments pool_columns(const Columns& k, int64_t j, int64_t j1, const double* mean,
+                            const double* m2) {
+  // Around the first column's mean, in two passes; no division inside.
+  const double centre = mean[j];
+  auto weighted = [&](auto deviation) {
+    double sum = 0;
+    for (int64_t u = j; u < j1; u += k.c * k.span)
+      sum += (double)(k.rows + (u < k.tail)) *
+             sum_columns(k.span, [&](auto at) { return deviation(at(mean + u)); });
+    return sum;
+  };
+  double count = 0, within = 0;
+  for (int64_t u = j; u < j1; u += k.c * k.span) {
+    count += (double)k.span * (double)(k.rows + (u < k.tail));
+    within += sum_columns(k.span, [&](auto at) { return at(m2 + u); });
+  }
+  const double shift = weighted([&](auto v) { return v - centre; }) / count;
+  const double between = weighted([&](auto v) { return (v - centre - shift) * (v - centre - shift); });
+  return {count, centre + shift, within + between};
+}
+
 // Calls run(offset, row, len, out) for the rows of a chunk, and streams what it writes when asked.
 // Rows that are whole are joined into longer pieces.
 template <class T, class Run>
@@ -614,19 +664,13 @@ void forward_columns(const Problem& p, const Forward& f, const ForwardLoops<T>& 
       [&](int64_t j0, int64_t j1, int64_t i) { column_moments(x, k, j0, j1, i, partial); },
       [&](int64_t j0, int64_t j1) {
         merge_moments(k, j0, j1, partial);
-        const int64_t channels = std::min((j1 - j0) / k.span, k.c);
-        for (int64_t i = 0; i < channels; ++i) {
-          const int64_t c = k.channel(j0) + i;
-          Moments total;
-          for (int64_t j = j0 + i * k.span; j < j1; j += k.c * k.span)
-            for (int64_t u = j; u < j + k.span; ++u) {
-              double count = 0;
-              for (int64_t h = 0; h < k.chunks; ++h) count += partial.count(h, u);
-              total.merge({count, partial.first(0)[u], partial.second(0)[u]});
-            }
-          f.statistics.mean[c] = total.mean;
-          f.statistics.var[c] = total.m2 / total.count;
-        }
+        k.channels(j0, j1, [&](int64_t c, int64_t j) {
+          const Moments m = k.span == 1 && k.width == k.c
+                                ? Moments{(double)k.rows, partial.first(0)[j], partial.second(0)[j]}
+                                : pool_columns(k, j, j1, partial.first(0), partial.second(0));
+          f.statistics.mean[c] = m.mean;
+          f.statistics.var[c] = m.m2 / m.count;
+        });
         if (normalize) coefficients.fill(j0, j1, coefficient);
       },
       [&](int64_t j0, int64_t j1, int64_t i) {
@@ -675,18 +719,16 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
             partial.first(0)[j] += partial.first(i)[j];
             partial.second(0)[j] += partial.second(i)[j];
           }
-        const int64_t channels = std::min((j1 - j0) / k.span, k.c);
-        for (int64_t i = 0; i < channels; ++i) {
-          const int64_t c = k.channel(j0) + i;
+        k.channels(j0, j1, [&](int64_t c, int64_t j) {
           Sums total;
-          for (int64_t j = j0 + i * k.span; j < j1; j += k.c * k.span)
-            for (int64_t u = j; u < j + k.span; ++u)
-              total.merge({partial.first(0)[u], partial.second(0)[u]});
+          for (int64_t u = j; u < j1; u += k.c * k.span)
+            total.merge({sum_columns(k.span, [&](auto at) { return at(partial.first(0) + u); }),
+                         sum_columns(k.span, [&](auto at) { return at(partial.second(0) + u); })});
           Channel<C> v;
           v.forward(f.statistics, f.affine, c);
           f.sum_dz[c] = total.dz;
           f.sum_dz_xhat[c] = xhat_sum(total, f.statistics, f.affine.eps, v.m, c);
-        }
+        });
         const double count = (double)p.shape.count();
         coefficients.fill(j0, j1, [&](int64_t c) {
           Channel<C> v;
