@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench sanitize clean
 
 demo: $(READY)
 	$(BIN)/batchnorm compare --out runs/demo
@@ -27,6 +27,19 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt torch numpy scikit-build-core cmake ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[all]' --group test --group check
 	touch $@
+
+# Timings: best on a machine that does nothing else.
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.resnet
+
+# The fuzz test of the CPU kernels under the address and undefined-behaviour sanitizers.
+sanitize: $(READY)
+	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DSANITIZE=address,undefined
+	cmake --build build/sanitize --target batchnorm_cpu
+	BATCHNORM_CPU_LIBRARY=build/sanitize/libbatchnorm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/kernels -k "not lesser"
 
 clean:
 	rm -rf $(VENV) build runs web/node_modules docs/_build

@@ -1,8 +1,10 @@
 """Compiled implementations of the ops, and why one is missing."""
 
 import ctypes
+import os
 import platform
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import torch
 
@@ -15,7 +17,9 @@ def load_cpu() -> str:
     """
     suffix = "so" if platform.system() == "Linux" else "dylib"
     built = files(__name__)
-    library = built.joinpath(f"libbatchnorm_cpu.{suffix}")
+    # Another build, for instance one under sanitizers.
+    other = os.environ.get("BATCHNORM_CPU_LIBRARY")
+    library = Path(other) if other else built.joinpath(f"libbatchnorm_cpu.{suffix}")
     if not library.is_file():
         reason = built.joinpath("without_kernels.txt")
         raise ImportError(reason.read_text() if reason.is_file() else "they were not built")

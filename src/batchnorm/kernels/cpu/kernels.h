@@ -25,7 +25,7 @@ constexpr int64_t block_elements = 8192;    // summed in float lanes before goin
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
 constexpr int64_t stage_bytes = 8192;       // a finished piece, in L1 until streamed
-constexpr int64_t stream_bytes = 4 << 20;   // outputs above this are not kept in cache
+constexpr int64_t stream_bytes = 32 << 20;  // outputs above this are not kept in cache
 constexpr int64_t serial_elements = 32768;  // below, waking threads costs more than the work
 constexpr int64_t tile_columns = 512;
 
@@ -205,18 +205,31 @@ template <class P, class Part, class Finish, class Apply>
 void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64_t size, bool first,
                   bool second, Part part, Finish finish, Apply apply) {
   const Shape& s = p.shape;
+  if (!first) {
+    // One visit: in the order of memory, row by row, short rows in runs.
+    const int64_t run = std::clamp<int64_t>(stage_elements(size) / s.s, 1, s.c);
+    const int64_t runs = ceil_div(s.c, run), parts = planes.parts;
+    parallel(p, s.n * runs * parts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t c0 = i / parts % runs * run, n = i / parts / runs;
+        const PlaneChunk k = parts > 1 ? planes.chunk(n * parts + i % parts)
+                                       : PlaneChunk{n, 1, 0, s.s};
+        apply(c0, std::min(c0 + run, s.c), k);
+      }
+      stream_fence();
+    });
+    return;
+  }
   if (s.c < 2 * p.pool.threads && planes.count > 1) {
     // Few channels: the chunks are shared, too.
-    if (first) {
-      std::unique_ptr<P[]> partial(new P[s.c * planes.count]);
-      parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) partial[i] = part(i / planes.count, i % planes.count);
-      });
-      for (int64_t c = 0; c < s.c; ++c) {
-        P total;
-        for (int64_t i = 0; i < planes.count; ++i) total.merge(partial[c * planes.count + i]);
-        finish(c, total);
-      }
+    std::unique_ptr<P[]> partial(new P[s.c * planes.count]);
+    parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) partial[i] = part(i / planes.count, i % planes.count);
+    });
+    for (int64_t c = 0; c < s.c; ++c) {
+      P total;
+      for (int64_t i = 0; i < planes.count; ++i) total.merge(partial[c * planes.count + i]);
+      finish(c, total);
     }
     if (second)
       parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
@@ -237,12 +250,11 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
   parallel(p, ceil_div(s.c, group), [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t c0 = g * group, c1 = std::min(c0 + group, s.c);
-      if (first)
-        for (int64_t c = c0; c < c1; ++c) {
-          P total;
-          for (int64_t i = 0; i < planes.count; ++i) total.merge(part(c, i));
-          finish(c, total);
-        }
+      for (int64_t c = c0; c < c1; ++c) {
+        P total;
+        for (int64_t i = 0; i < planes.count; ++i) total.merge(part(c, i));
+        finish(c, total);
+      }
       if (second)
         for (int64_t i = planes.count - 1; i >= 0; --i) apply(c0, c1, planes.chunk(i));
     }
@@ -385,14 +397,16 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
 // --------------------------------------------------------------------------------- columns
 
 // Rows of `width` elements; element j belongs to channel (j / span) % c. Two tricks keep vectors
-// full: few channels are laid side by side (several rows in one), and short runs of contiguous
-// N,C,* (2x2, 4x4) are columns of their own, merged into channels afterwards.
+// full and loops long: several short rows are taken as one, and short runs of contiguous N,C,*
+// (2x2 to 7x7) are columns of their own. Columns are merged into channels afterwards.
 struct Columns {
   explicit Columns(const Shape& s, bool gate) : c(s.c) {
     if (s.columns) {
       // A row of the gate must start on a byte, and every column needs rows to take a shift from.
       const int64_t repeat =
-          gate && s.c % 8 ? 1 : std::clamp<int64_t>(s.n / 16, 1, ceil_div(64, s.c));
+          gate && s.c % 8
+              ? 1
+              : std::max<int64_t>(1, std::min(s.n / 16, tile_columns / s.c));
       span = 1;
       width = s.c * repeat;
       rows = s.n / repeat;
@@ -403,7 +417,7 @@ struct Columns {
       rows = s.n;
       tail = 0;
     }
-    chunk_rows = std::clamp<int64_t>(262144 / std::min(width, tile_columns), block_rows, 8192);
+    chunk_rows = std::clamp<int64_t>(131072 / std::min(width, tile_columns), block_rows, 8192);
     chunks = std::max<int64_t>(1, ceil_div(rows, chunk_rows));
   }
   static bool suits(const Shape& s, bool gate) {
@@ -434,13 +448,14 @@ void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t 
     return k.width <= w || k.width == k.c * k.span ? std::min(k.width, ceil_div(w, k.span) * k.span)
                                                    : k.width;
   };
-  // A tile is narrow enough to stay in cache for the second visit, if that leaves runs of memory
-  // worth reading; otherwise everything is streamed twice, the second time backwards.
+  // With few rows a narrow tile stays in cache for the second visit. With many it would not: their
+  // distance is mostly a power of two, which puts them into a few sets of the cache. Then
+  // everything is streamed twice, the second time backwards.
   const int64_t fits = cache_bytes() / (std::max<int64_t>(k.rows, 1) * size * tensors);
   const int64_t share = ceil_div(k.width, p.pool.threads);
-  const int64_t narrow = whole_channels(std::min({fits, tile_columns, std::max<int64_t>(share, 64)}) / 16 * 16);
-  const bool tiled = fits >= 64 && (ceil_div(k.width, narrow) >= p.pool.threads ||
-                                    p.shape.numel() < serial_elements);
+  const int64_t narrow =
+      whole_channels(std::min({fits, tile_columns, std::max<int64_t>(share, 64)}) / 16 * 16);
+  const bool tiled = k.rows <= 512 && fits >= 64 && ceil_div(k.width, narrow) >= p.pool.threads;
   if (tiled && first && second) {
     parallel(p, ceil_div(k.width, narrow), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {

@@ -1,0 +1,134 @@
+"""``python -m benchmarks``: the table of the layer's speed.
+
+Each case is measured once per page size in a process of its own. A case whose results disagree
+stops the run: nothing is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from batchnorm import ops
+from benchmarks import peers
+from benchmarks.cases import FEW, Case, all_cases, make_inputs
+from benchmarks.environment import environment
+from benchmarks.measure import disagreement, interleaved, llc_bytes, spread, streaming_rate
+
+# Root mean square, of values of any scale: one rounding of each type, and ReLU's kink.
+AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2}
+Row = dict[str, object]
+
+
+def measure(case: Case, seconds: float, rates: dict[int, float]) -> Row:
+    inputs = make_inputs(case)
+    calls = {"ours": peers.ours(case, inputs)}
+    for name, make in peers.PEERS.items():
+        if name in peers.SLOW_TO_START and case.shape not in FEW:
+            continue
+        call = make(case, inputs)
+        if call is not None:
+            calls[name] = call
+    results = calls["ours"]()
+    for name, call in calls.items():
+        error = disagreement(call(), results)
+        if not error <= AGREEMENT[case.type]:
+            raise SystemExit(f"{case.name}: {name} disagrees with ours by {error:.1e}; no report")
+    del results
+    times = interleaved(calls, seconds * len(calls))
+    size = case.bytes()
+    if size not in rates:
+        rates[size] = streaming_rate(size)
+    best = {name: min(t) for name, t in times.items()}
+    return {
+        "case": case.name,
+        **vars(case),
+        "bytes": size,
+        "beyond_cache": size > llc_bytes() > 0,
+        "milliseconds": {name: 1e3 * t for name, t in best.items()},
+        "spread": {name: spread(t) for name, t in times.items()},
+        "ratio": {name: t / best["ours"] for name, t in best.items() if name != "ours"},
+        "floor_share": case.floor_bytes() / rates[size] / best["ours"],
+        "calls": len(times["ours"]),
+    }
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| shape | layout | type | kind | mode | ours ms | ± | "
+        + " | ".join(peers.PEERS)
+        + " | floor |",
+        "|" + "---|" * (8 + len(peers.PEERS)),
+    ]
+    for row in rows:
+        ratio = row["ratio"]
+        cells = [f"{ratio[p]:.2f}×" if p in ratio else "" for p in peers.PEERS]
+        lines.append(
+            f"| {row['shape']} | {row['layout']} | {row['type']} | {row['kind']} | {row['mode']} "
+            f"| {row['milliseconds']['ours']:.3f} | {row['spread']['ours']:.0%} | "
+            + " | ".join(cells)
+            + f" | {row['floor_share']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """Geometric mean and minimum of the ratio to the fastest peer of each case."""
+    groups = defaultdict(list)
+    for row in rows:
+        key = (row["mode"], row["kind"], row["type"], row["layout"])
+        groups[key].append((min(row["ratio"].values()), row["shape"]))
+    lines = ["| mode | kind | type | layout | mean | least | at |", "|---|---|---|---|---|---|---|"]
+    for key, ratios in sorted(groups.items()):
+        mean = statistics.geometric_mean(r for r, _ in ratios)
+        least, at = min(ratios)
+        lines.append(f"| {' | '.join(key)} | {mean:.2f}× | {least:.2f}× | {at} |")
+    return "\n".join(lines)
+
+
+def one_process(args: argparse.Namespace) -> None:
+    if not ops.kernels()["cpu"].startswith("compiled"):
+        raise SystemExit(f"the kernels are not in use: {ops.kernels()['cpu']}")
+    rows, rates = [], {}
+    for case in all_cases():
+        if re.search(args.only, case.name):
+            rows.append(measure(case, args.seconds, rates))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    place = environment()
+    (args.out / f"{place['pages']}.json").write_text(
+        json.dumps({"environment": place, "rows": rows}, indent=1)
+    )
+    text = f"{place}\n\n{summary(rows)}\n\n{table(rows)}\n"
+    (args.out / f"{place['pages']}.md").write_text(text)
+    print(summary(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", default="", help="a regular expression of case names")
+    parser.add_argument("--seconds", type=float, default=0.15, help="per case and peer")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--pages", choices=("ordinary", "huge", "both"), default="both")
+    args = parser.parse_args()
+    if args.pages != "both":
+        # torch reads this once, at its first allocation: see environment().
+        if args.pages == "huge" and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+            raise SystemExit("set THP_MEM_ALLOC_ENABLE=1, or use --pages both")
+        one_process(args)
+        return
+    for pages in ("ordinary", "huge"):
+        flag = {"THP_MEM_ALLOC_ENABLE": "1"} if pages == "huge" else {}
+        again = [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--pages", pages]
+        subprocess.run(again, check=True, env={**os.environ, **flag})
+
+
+if __name__ == "__main__":
+    main()

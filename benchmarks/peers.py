@@ -1,0 +1,149 @@
+"""Who is measured: each peer makes of a case one call that returns its results."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm import functional
+from benchmarks.cases import Case, Inputs
+
+Call = Callable[[], tuple[Tensor, ...]]
+Normalise = Callable[..., Tensor]
+
+
+def _through_autograd(case: Case, inputs: Inputs, normalise: Normalise) -> Call:
+    """A call of y = normalise(x, weight, bias, residual), with its backward where the mode asks."""
+    if case.mode != "forward_backward":
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (normalise(inputs.x, inputs.weight, inputs.bias, inputs.residual),)
+
+        return forward
+
+    leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias)]
+    residual = None if inputs.residual is None else inputs.residual.detach().requires_grad_()
+    wanted = leaves if residual is None else [*leaves, residual]
+
+    def both() -> tuple[Tensor, ...]:
+        y = normalise(*leaves, residual)
+        return (y.detach(), *torch.autograd.grad(y, wanted, inputs.dy))
+
+    return both
+
+
+def ours(case: Case, inputs: Inputs) -> Call:
+    activation = None if case.kind == "plain" else "relu"
+
+    def normalise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        if case.mode == "inference":
+            return functional.normalize(
+                x, inputs.mean, inputs.var, weight, bias, residual=residual, activation=activation
+            )
+        return functional.batch_norm(
+            x, weight, bias, residual=residual, activation=activation
+        ).y
+
+    return _through_autograd(case, inputs, normalise)
+
+
+def _composed(case: Case, inputs: Inputs) -> Normalise:
+    """What one writes with torch: in place where autograd allows it."""
+    training = case.mode != "inference"
+    mean, var = (None, None) if training else (inputs.mean, inputs.var)
+
+    def normalise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        y = F.batch_norm(x, mean, var, weight, bias, training)
+        if residual is not None:
+            y = y.add_(residual)
+        return y if case.kind == "plain" else F.relu_(y)
+
+    return normalise
+
+
+def eager(case: Case, inputs: Inputs) -> Call:
+    return _through_autograd(case, inputs, _composed(case, inputs))
+
+
+def compiled(case: Case, inputs: Inputs) -> Call:
+    return _through_autograd(case, inputs, torch.compile(_composed(case, inputs)))
+
+
+def onednn(case: Case, inputs: Inputs) -> Call | None:
+    """oneDNN through torch's mkldnn layout; the conversions are not counted."""
+    if inputs.x.dim() != 4 or case.layout != "contiguous":
+        return None
+    if case.type != "float32" or case.mode == "forward_backward":
+        return None
+    x = inputs.x.to_mkldnn()
+    residual = None if inputs.residual is None else inputs.residual.to_mkldnn()
+    training = case.mode != "inference"
+
+    def call() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            y = F.batch_norm(x, inputs.mean, inputs.var, inputs.weight, inputs.bias, training, 0.0)
+            if residual is not None:
+                y = y + residual
+            return (y if case.kind == "plain" else F.relu(y),)
+
+    return call
+
+
+def jax(case: Case, inputs: Inputs) -> Call | None:
+    if importlib.util.find_spec("jax") is None or case.layout != "contiguous":
+        return None
+    import jax
+    import jax.numpy as jnp
+
+    x, dy, residual, weight, bias, mean, var = (
+        None if t is None else jnp.asarray(t.float().numpy()).astype(case.type if full else "float32")
+        for t, full in (
+            (inputs.x, True),
+            (inputs.dy, True),
+            (inputs.residual, True),
+            (inputs.weight, False),
+            (inputs.bias, False),
+            (inputs.mean, False),
+            (inputs.var, False),
+        )
+    )
+    axes = tuple(a for a in range(x.ndim) if a != 1)
+    wide = (1, -1) + (1,) * (x.ndim - 2)
+
+    def normalise(x, weight, bias, residual):
+        if case.mode == "inference":
+            m, v = mean.reshape(wide), var.reshape(wide)
+        else:
+            m = jnp.mean(x, axes, dtype="float32", keepdims=True)
+            v = jnp.var(x.astype("float32"), axes, keepdims=True)
+        y = (x - m) * (weight.reshape(wide) * jax.lax.rsqrt(v + 1e-5)) + bias.reshape(wide)
+        if residual is not None:
+            y = y + residual
+        return (y if case.kind == "plain" else jax.nn.relu(y)).astype(x.dtype)
+
+    def both(x, weight, bias, residual):
+        y, pull = jax.vjp(normalise, x, weight, bias, residual)
+        return y, *(g for g in pull(dy) if g is not None)
+
+    run = jax.jit(both if case.mode == "forward_backward" else normalise)
+
+    def call() -> tuple[Tensor, ...]:
+        results = jax.block_until_ready(run(x, weight, bias, residual))
+        return results if isinstance(results, tuple) else (results,)
+
+    return call
+
+
+PEERS: dict[str, Callable[[Case, Inputs], Call | None]] = {
+    "eager": eager,
+    "compile": compiled,
+    "oneDNN": onednn,
+    "JAX": jax,
+}
+# These compile for each case or convert its layout: measured on a few shapes.
+SLOW_TO_START = {"compile", "oneDNN", "JAX"}

@@ -1,0 +1,152 @@
+"""``python -m benchmarks.resnet``: what normalisation costs a ResNet-18 step.
+
+Batch 64 of 32×32 images, one SGD step, with torch's norms, with ours (activation and addition
+fused) and with none: the identity, whose step is what normalisation for nothing would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import batchnorm.nn
+from benchmarks.environment import environment
+from benchmarks.measure import interleaved, spread
+
+
+class Torch(nn.Module):
+    """torch's norm, then the addition and ReLU, in place."""
+
+    def __init__(self, channels: int, relu: bool = True) -> None:
+        super().__init__()
+        self.norm, self.relu = self.make(channels), relu
+
+    def make(self, channels: int) -> nn.Module:
+        return nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.norm(x)
+        if residual is not None:
+            y = y + residual if y is x else y.add_(residual)
+        return F.relu(y, inplace=True) if self.relu else y
+
+
+class Identity(Torch):
+    def make(self, channels: int) -> nn.Module:
+        return nn.Identity()
+
+
+def ours(channels: int, relu: bool = True) -> nn.Module:
+    return batchnorm.nn.BatchNorm2d(channels, activation="relu" if relu else None)
+
+
+Norm = Callable[..., nn.Module]
+NORMS: dict[str, Norm] = {"torch": Torch, "ours": ours, "identity": Identity}
+
+
+class Block(nn.Module):
+    def __init__(self, norm: Norm, inside: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inside != channels:
+            convolution = nn.Conv2d(inside, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, norm(channels, relu=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(self.norm1(self.conv1(x))), self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.norm = norm(64)
+        blocks, inside = [], 64
+        for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+            blocks += [Block(norm, inside, channels, stride), Block(norm, channels, channels, 1)]
+            inside = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(512, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.norm(self.stem(x))).mean((2, 3)))
+
+
+def step(norm: str, layout: torch.memory_format, batch: int) -> Callable[[], float]:
+    torch.manual_seed(0)
+    model = ResNet18(NORMS[norm]).to(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
+    target = torch.randint(10, (batch,))
+
+    def run() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resnet", description=__doc__)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=40, help="per layout")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--layout", choices=("contiguous", "channels_last"), action="append")
+    parser.add_argument("--peak", choices=NORMS, help="only print the peak memory of two steps")
+    args = parser.parse_args()
+    layouts = args.layout or ["contiguous", "channels_last"]
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    if args.peak:
+        run = step(args.peak, formats[layouts[0]], args.batch)
+        run(), run()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        return
+    report: dict[str, object] = {"environment": environment()}
+    for layout in layouts:
+        steps = {norm: step(norm, formats[layout], args.batch) for norm in NORMS}
+        first = {norm: run() for norm, run in steps.items()}
+        if not abs(first["ours"] - first["torch"]) < 1e-4:
+            raise SystemExit(f"the losses disagree: {first}")
+        times = interleaved(steps, args.seconds)
+        best = {norm: 1e3 * min(t) for norm, t in times.items()}
+        peak = {
+            norm: int(
+                subprocess.run(
+                    [sys.executable, "-m", "benchmarks.resnet", "--peak", norm]
+                    + ["--layout", layout, "--batch", str(args.batch)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout
+            )
+            for norm in NORMS
+        }
+        report[layout] = {
+            "milliseconds": best,
+            "over_identity": {norm: best[norm] / best["identity"] for norm in NORMS},
+            "spread": {norm: spread(t) for norm, t in times.items()},
+            "peak_mib": peak,
+            "steps": len(times["ours"]),
+        }
+        print(layout, json.dumps(report[layout]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "resnet.json").write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
