@@ -16,6 +16,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
 from batchnorm import ops
 from benchmarks import peers
 from benchmarks.cases import FEW, Case, all_cases, make_inputs
@@ -116,8 +118,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression of case names")
     parser.add_argument("--seconds", type=float, default=0.15, help="per case and peer")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--threads", type=int, help="1: in processor time, for a shared machine")
     parser.add_argument("--pages", choices=("ordinary", "huge", "both"), default="both")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.pages != "both":
         # torch reads this once, at its first allocation: see environment().
         if args.pages == "huge" and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":

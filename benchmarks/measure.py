@@ -12,16 +12,20 @@ from torch import Tensor
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Time the calls in turn, so that what disturbs the machine disturbs all of them alike."""
+    """Time the calls in turn, so that what disturbs the machine disturbs all of them alike.
+
+    With one thread the time is the processor's, which does not count other processes' turns.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             result = call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
             del result
     return times
 
