@@ -105,7 +105,7 @@ def test_zero_variance_gives_the_bias():
 
 
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
-@pytest.mark.parametrize("shape", [*SHAPES, (3, 8, 8), (3, 5, 49)])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 8, 8), (3, 5, 49), (2, 3, 65)])
 def test_gate_packs_one_bit_a_value(shape, layout):
     x = layout(draw(shape))
     gate = x > 0
@@ -119,7 +119,12 @@ def test_gate_packs_one_bit_a_value(shape, layout):
 def test_gate_bits_follow_memory():
     """The format that kernels are written to: little-endian bits, a row each run of memory."""
     x = torch.tensor([[[1.0, -1, 1, -1, -1, -1, -1, -1, 1], [-1.0] * 8 + [1]]])
-    assert reference.pack_gate(x > 0, x).tolist() == [[0b101, 1], [0, 1]]
+    assert reference.pack_gate(x > 0, x).tolist() == [[0b101, 1, 2]]
+    long = torch.cat([torch.full((1, 2, 56), -1.0), x], 2)  # 65: a row for each run
+    assert reference.pack_gate(long > 0, long).tolist() == [
+        [*[0] * 7, 0b101, 1],
+        [*[0] * 8, 1],
+    ]
     last = channels_last(x)
     assert reference.pack_gate(last > 0, last).tolist() == [[1], [0], [1], *[[0]] * 5, [3]]
 

@@ -32,6 +32,9 @@ ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish
 NONE, RELU, RELU6, LEAKY_RELU, SILU, GELU, HARDSWISH = range(len(ACTIVATIONS))
 LEAKY_SLOPE = 0.01
 
+# Runs of fewer contiguous positions share a row of the gate: padding each would spoil its packing.
+SHORT_RUN = 64
+
 # Statistics are accumulated and kept wider than the data.
 STATISTICS_DTYPE = torch.float64
 
@@ -121,7 +124,9 @@ def uses_gate(residual: Tensor | None, activation: int) -> bool:
 def gate_rows(x: Tensor) -> tuple[int, int]:
     """Return the number and the length of the runs of memory that the gate of a dense x packs."""
     n, c, s = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    return (n * s, c) if s == 1 or is_channels_last(x) else (n * c, s)
+    if s == 1 or is_channels_last(x):
+        return n * s, c
+    return (n, c * s) if s < SHORT_RUN else (n * c, s)
 
 
 def pack_gate(gate: Tensor, x: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_forward(const Tensor& x, con
   Optional added;
   Tensor gate;
   if (residual && gated(activation)) {
-    const int64_t row = in.shape.columns ? c : in.shape.s;
+    const bool together = in.shape.columns || in.shape.s < batchnorm::short_run;
+    const int64_t row = together ? c * in.shape.s : in.shape.s;
     const int64_t sizes[2] = {in.shape.numel() / row, (row + 7) / 8}, strides[2] = {sizes[1], 1};
     gate = empty({sizes, 2}, {strides, 2}, ScalarType::Byte);
   } else {

@@ -56,8 +56,11 @@ struct Affine {
   double eps;
 };
 
-// The gate: one bit per element, 1 where the activation's slope is 1; a row is a run of S elements
-// in planes and of C in columns, and is padded to bytes.
+// Runs of fewer positions than this are taken together, as columns.
+constexpr int64_t short_run = 64;
+
+// The gate: one bit per element, 1 where the activation's slope is 1, in rows padded to bytes: a row
+// is C elements in columns, S in planes, C * S in planes of short runs.
 struct Forward {
   const void* x;
   const void* residual;  // like x, or null

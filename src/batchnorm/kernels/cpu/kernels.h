@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 
 #include <unistd.h>
@@ -420,9 +421,7 @@ struct Columns {
     chunk_rows = std::clamp<int64_t>(131072 / std::min(width, tile_columns), block_rows, 8192);
     chunks = std::max<int64_t>(1, ceil_div(rows, chunk_rows));
   }
-  static bool suits(const Shape& s, bool gate) {
-    return s.columns || (s.s < 64 && !(gate && s.s % 8));
-  }
+  static bool suits(const Shape& s) { return s.columns || s.s < short_run; }
   int64_t begin(int64_t chunk) const { return chunk * chunk_rows; }
   int64_t count(int64_t chunk) const { return std::min(chunk_rows, rows - begin(chunk)); }
   // Elements of the unfinished last row that fall to columns [j0, j1) of a chunk.
@@ -444,9 +443,10 @@ struct Columns {
 template <class Part, class Finish, class Apply>
 void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t size, bool first,
                    bool second, Part part, Finish finish, Apply apply) {
+  // Tiles hold whole channels and start on a byte of the gate.
+  const int64_t unit = std::lcm(k.span, int64_t(8));
   auto whole_channels = [&](int64_t w) {
-    return k.width <= w || k.width == k.c * k.span ? std::min(k.width, ceil_div(w, k.span) * k.span)
-                                                   : k.width;
+    return k.width == k.c * k.span ? std::min(k.width, std::max(unit, w / unit * unit)) : k.width;
   };
   // With few rows a narrow tile stays in cache for the second visit. With many it would not: their
   // distance is mostly a power of two, which puts them into a few sets of the cache. Then
@@ -454,7 +454,7 @@ void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t 
   const int64_t fits = cache_bytes() / (std::max<int64_t>(k.rows, 1) * size * tensors);
   const int64_t share = ceil_div(k.width, p.pool.threads);
   const int64_t narrow =
-      whole_channels(std::min({fits, tile_columns, std::max<int64_t>(share, 64)}) / 16 * 16);
+      whole_channels(std::min({fits, tile_columns, std::max<int64_t>(share, 64)}));
   const bool tiled = k.rows <= 512 && fits >= 64 && ceil_div(k.width, narrow) >= p.pool.threads;
   if (tiled && first && second) {
     parallel(p, ceil_div(k.width, narrow), [&](int64_t begin, int64_t end) {
@@ -800,7 +800,7 @@ void forward_any(const Problem& p, const Forward& f, bool moments, bool normaliz
       if constexpr (Act<Simd<T>, A>::has_gate)
         if (f.gate) loops = ForwardLoops<T>::template of<A, true, true>();
     });
-    if (Columns::suits(p.shape, loops.gate)) forward_columns<T>(p, f, loops, moments, normalize);
+    if (Columns::suits(p.shape)) forward_columns<T>(p, f, loops, moments, normalize);
     else forward_planes<T>(p, f, loops, moments, normalize);
   });
 }
@@ -820,7 +820,7 @@ void backward_any(const Problem& p, const Backward& f, const Means* means, bool 
         if (f.preactivation == From::from_gate)
           loops = BackwardLoops<T>::template of<A, From::from_gate>();
     });
-    if (Columns::suits(p.shape, loops.gate)) backward_columns<T>(p, f, loops, means, sums);
+    if (Columns::suits(p.shape)) backward_columns<T>(p, f, loops, means, sums);
     else backward_planes<T>(p, f, loops, means, sums);
   });
 }
