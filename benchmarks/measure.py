@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], seconds: float
+) -> dict[str, list[float]]:
     """Time the calls in turn, so that what disturbs the machine disturbs all of them alike.
 
     With one thread the time is the processor's, which does not count other processes' turns.

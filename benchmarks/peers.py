@@ -45,9 +45,7 @@ def ours(case: Case, inputs: Inputs) -> Call:
             return functional.normalize(
                 x, inputs.mean, inputs.var, weight, bias, residual=residual, activation=activation
             )
-        return functional.batch_norm(
-            x, weight, bias, residual=residual, activation=activation
-        ).y
+        return functional.batch_norm(x, weight, bias, residual=residual, activation=activation).y
 
     return _through_autograd(case, inputs, normalise)
 
@@ -101,7 +99,9 @@ def jax(case: Case, inputs: Inputs) -> Call | None:
     import jax.numpy as jnp
 
     x, dy, residual, weight, bias, mean, var = (
-        None if t is None else jnp.asarray(t.float().numpy()).astype(case.type if full else "float32")
+        None
+        if t is None
+        else jnp.asarray(t.float().numpy()).astype(case.type if full else "float32")
         for t, full in (
             (inputs.x, True),
             (inputs.dy, True),

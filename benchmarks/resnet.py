@@ -127,8 +127,10 @@ def main() -> None:
         peak = {
             norm: int(
                 subprocess.run(
-                    [sys.executable, "-m", "benchmarks.resnet", "--peak", norm]
-                    + ["--layout", layout, "--batch", str(args.batch)],
+                    [
+                        *(sys.executable, "-m", "benchmarks.resnet", "--peak", norm),
+                        *("--layout", layout, "--batch", str(args.batch)),
+                    ],
                     check=True,
                     capture_output=True,
                     text=True,

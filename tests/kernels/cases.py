@@ -78,10 +78,21 @@ class Case:
                 first, self.x, *given, sums[0] / count, sums[1] / count, self.eps, activation
             )
         return {
-            **{"y": y, "mean": mean, "var": var, "gate": gate},
-            **{"dx": dx, "dz": dz, "dweight": dweight, "dbias": dbias},
-            **{"moments.mean": alone[0], "moments.var": alone[1], "normalize": normalized},
-            **{"sum_dz": sums[0], "sum_dz_xhat": sums[1], "sums.dz": sums[2], "apply": applied},
+            "y": y,
+            "mean": mean,
+            "var": var,
+            "gate": gate,
+            "dx": dx,
+            "dz": dz,
+            "dweight": dweight,
+            "dbias": dbias,
+            "moments.mean": alone[0],
+            "moments.var": alone[1],
+            "normalize": normalized,
+            "sum_dz": sums[0],
+            "sum_dz_xhat": sums[1],
+            "sums.dz": sums[2],
+            "apply": applied,
         }
 
     def slope(self, mean: Tensor, var: Tensor) -> Tensor:
@@ -114,10 +125,20 @@ class Case:
         if self.residual is None or self.activation == 0:
             dz = x.new_empty(0)
         return {
-            **{"y": y, "mean": true_mean, "var": true_var},
-            **{"dx": dx, "dz": dz, "dweight": dweight, "dbias": dbias},
-            **{"moments.mean": true_mean, "moments.var": true_var, "normalize": y},
-            **{"sum_dz": dbias, "sum_dz_xhat": dweight, "sums.dz": dz, "apply": dx},
+            "y": y,
+            "mean": true_mean,
+            "var": true_var,
+            "dx": dx,
+            "dz": dz,
+            "dweight": dweight,
+            "dbias": dbias,
+            "moments.mean": true_mean,
+            "moments.var": true_var,
+            "normalize": y,
+            "sum_dz": dbias,
+            "sum_dz_xhat": dweight,
+            "sums.dz": dz,
+            "apply": dx,
         }
 
     def errors(self) -> dict[str, float]:

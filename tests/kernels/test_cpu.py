@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.kernels.cases import LAYOUTS, Case, channels_last, contiguous, error, is_compiled
+from tests.tolerances import KERNEL, KERNEL_OFF_CENTRE
 
 from batchnorm import ops
 from batchnorm.ops.reference import ACTIVATIONS
-from tests.kernels.cases import LAYOUTS, Case, channels_last, contiguous, error, is_compiled
-from tests.tolerances import KERNEL, KERNEL_OFF_CENTRE
 
 RELU = ACTIVATIONS.index("relu")
 

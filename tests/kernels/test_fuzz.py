@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-
-from batchnorm.ops.reference import ACTIVATIONS
 from tests.kernels.cases import LAYOUTS, Case
 from tests.tolerances import KERNEL_BY_TYPE
+
+from batchnorm.ops.reference import ACTIVATIONS
 
 CASES = 1500
 BATCHES = 15

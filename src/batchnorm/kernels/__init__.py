@@ -12,8 +12,10 @@ __all__ = ["load_cpu"]
 
 
 def load_cpu() -> str:
-    """Load the CPU kernels; say which instruction set they use, or raise ImportError with the
-    reason why there are none.
+    """Load the CPU kernels and say which instruction set they use.
+
+    Raises:
+        ImportError: There are none; the message says why.
     """
     suffix = "so" if platform.system() == "Linux" else "dylib"
     built = files(__name__)
