@@ -35,8 +35,8 @@ bench: $(READY)
 
 # The fuzz test of the CPU kernels under the address and undefined-behaviour sanitizers.
 sanitize: $(READY)
-	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DSANITIZE=address,undefined
-	cmake --build build/sanitize --target batchnorm_cpu
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DSANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize --target batchnorm_cpu
 	BATCHNORM_CPU_LIBRARY=build/sanitize/libbatchnorm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest tests/kernels -k "not lesser"
