@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.nn.statistics import Frozen
 from batchnorm.transforms.layers import batch_norms, matching
 
-__all__ = ["freeze", "frozen", "statistics_frozen", "unfreeze"]
+__all__ = ["freeze", "frozen", "is_freezing", "statistics_frozen", "unfreeze"]
 
 
 def freeze(
@@ -141,6 +141,11 @@ def statistics_frozen(layer: nn.Module) -> bool:
 # module, so that pickle finds it.
 def _evaluate(layer: nn.Module, inputs: Any) -> None:
     layer.training = False
+
+
+def is_freezing(hook: object) -> bool:
+    """Tell whether a forward pre-hook is the one by which :func:`freeze` holds statistics."""
+    return hook is _evaluate
 
 
 def _set_requires_grad(layer: _BatchNorm, value: bool) -> None:
