@@ -20,8 +20,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.transforms.dataflow import LINEAR_TYPES, preserved
+from batchnorm.transforms.freeze import is_freezing
 
-__all__ = ["Call", "Calls", "follow"]
+__all__ = [
+    "Call",
+    "Calls",
+    "behind",
+    "follow",
+    "largest_difference",
+    "reserved",
+    "taker_name",
+    "tolerance",
+]
 
 _OPERATIONS = {
     F.linear: nn.Linear,
@@ -185,7 +195,7 @@ def follow(
     model: nn.Module,
     example: tuple[Any, ...],
     named: dict[str, Any],
-    sample: Callable[[Tensor], Tensor],
+    sample: Callable[[Tensor], Tensor | None],
     examine: Callable[[_BatchNorm, Tensor, Tensor], None],
 ) -> Calls:
     """Run ``model(*example, **named)`` in its mode and say what takes what. Nothing changes.
@@ -276,3 +286,62 @@ def _find_kept(follower: _Follower, output: list[Tensor]) -> None:
         # The name here and the argument of getrefcount are two.
         if sys.getrefcount(tensor) > 2 and id(tensor) not in returned:
             values[id(tensor)].call.takers.append("something that keeps it")
+
+
+def reserved(module: nn.Module, calls: Calls) -> str:
+    """Say why the parameters of a module must stay as they are, or nothing."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(not is_freezing(hook) for hook in hooks):
+        return "has a forward hook (weight_norm and pruning are such)"
+    if module in calls.parameters_elsewhere:
+        return "has a parameter or buffer that something else uses as well"
+    return next((call.doubt for call in calls.of[module] if call.doubt), "")
+
+
+def behind(layer: _BatchNorm, names: dict[nn.Module, str], calls: Calls) -> list[nn.Module] | str:
+    """Return the linear operations whose output the layer takes, or why it cannot fold."""
+    into: dict[nn.Module, None] = {}
+    for call in calls.of[layer]:
+        source = call.source
+        if source is None or isinstance(source.module, _BatchNorm):
+            return "its input is not the output of a linear operation"
+        channels = call.source_channels(1)
+        if channels is None or not torch.equal(channels, torch.arange(layer.num_features)):
+            return f"axis 1, which it normalises, is not the output axis of {names[source.module]}"
+        into[source.module] = None
+    for module in into:
+        if reason := reserved(module, calls):
+            return f"{names[module]} {reason}"
+        for call in calls.of[module]:
+            for taker in call.takers:
+                if not (isinstance(taker, Call) and taker.module is layer):
+                    return (
+                        f"the output of {names[module]} goes to {taker_name(taker, names)} as well"
+                    )
+            if len(call.takers) != 1:
+                return f"the output of {names[module]} is not taken once"
+    return list(into)
+
+
+def taker_name(taker: Call | str, names: dict[nn.Module, str]) -> str:
+    """Return what to call a taker in a sentence."""
+    return taker if isinstance(taker, str) else names[taker.module]
+
+
+def tolerance(values: Any) -> float:
+    """Return how much may change through rounding, over the largest value."""
+    return max(1e-4, 16 * torch.finfo(values.dtype).eps)
+
+
+def largest_difference(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
+    """Return the largest absolute difference, and the largest absolute value before."""
+    largest, scale = 0.0, 0.0
+    for old, new in zip(before, after, strict=True):
+        if not old.is_floating_point() or not old.numel():
+            continue
+        if old.shape != new.shape:
+            return float("inf"), scale
+        difference = float((old.double() - new.double()).abs().max())
+        largest = max(largest, difference if difference == difference else float("inf"))
+        scale = max(scale, float(old.double().abs().max()))
+    return largest, scale

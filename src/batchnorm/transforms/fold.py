@@ -15,9 +15,16 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.nn import batchnorm as ours
-from batchnorm.transforms.calls import Call, Calls, follow
+from batchnorm.transforms.calls import (
+    Calls,
+    behind,
+    follow,
+    largest_difference,
+    reserved,
+    taker_name,
+    tolerance,
+)
 from batchnorm.transforms.dataflow import preserved
-from batchnorm.transforms.freeze import is_freezing
 from batchnorm.transforms.layers import batch_norms
 
 __all__ = ["Folding", "fold"]
@@ -135,7 +142,7 @@ def fold(model: nn.Module, *example: Any, **named: Any) -> Folding:
             for plan in plans:
                 left.pop(names[plan.layer], None)
             differences, output = _compare(model, example, named, before, plans, names)
-            limits = {names[p.layer]: _tolerance(p.into[0].weight) for p in plans}
+            limits = {names[p.layer]: tolerance(p.into[0].weight) for p in plans}
             worse = next((n for n, d in differences.items() if not d <= limits[n]), None)
             if worse is not None:
                 refused[worse] = (
@@ -143,7 +150,7 @@ def fold(model: nn.Module, *example: Any, **named: Any) -> Folding:
                     "largest value"
                 )
                 continue  # and put everything back
-            largest, scale = _largest_difference(before.output, output)
+            largest, scale = largest_difference(before.output, output)
             if plans and not largest <= max(limits.values()) * scale:
                 raise ValueError(
                     f"the folded network's output differs by {largest:.1g} (largest value "
@@ -187,15 +194,11 @@ def _tail(layer: _BatchNorm, x: Tensor, y: Tensor) -> nn.Module | None:
         *(x, layer.running_mean, layer.running_var, layer.weight, layer.bias), eps=layer.eps
     )
     guess = tail(plain)
-    tolerance = _tolerance(x)
+    near = tolerance(x)
     same = guess.shape == y.shape and torch.allclose(
-        guess, y, rtol=0, atol=tolerance * float(y.abs().max())
+        guess, y, rtol=0, atol=near * float(y.abs().max())
     )
     return tail if same else None
-
-
-def _tolerance(values: Any) -> float:
-    return max(1e-4, 16 * torch.finfo(values.dtype).eps)
 
 
 def _find(
@@ -216,9 +219,9 @@ def _find(
             left[name] = reason
             continue
         assert tail is not None
-        behind = _behind(layer, names, calls)
-        if not isinstance(behind, str):
-            plans.append(_Plan(layer, behind, tail, None))
+        into = behind(layer, names, calls)
+        if not isinstance(into, str):
+            plans.append(_Plan(layer, into, tail, None))
             continue
         front = (
             _in_front(layer, names, calls)
@@ -226,7 +229,7 @@ def _find(
             else "its activation stands before what takes its output"
         )
         if isinstance(front, str):
-            left[name] = f"{behind}; {front}"
+            left[name] = f"{into}; {front}"
         else:
             plans.append(_Plan(layer, list(front), tail, front))
     return plans, left
@@ -242,39 +245,7 @@ def _unsuitable(layer: _BatchNorm, calls: Calls) -> str:
         return "keeps no running statistics, so that it uses the batch"
     if not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
         return "has running statistics that are not finite or a negative variance; recalibrate it"
-    return _reserved(layer, calls)
-
-
-def _reserved(module: nn.Module, calls: Calls) -> str:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if any(not is_freezing(hook) for hook in hooks):
-        return "has a forward hook (weight_norm and pruning are such)"
-    if module in calls.parameters_elsewhere:
-        return "has a parameter or buffer that something else uses as well"
-    return next((call.doubt for call in calls.of[module] if call.doubt), "")
-
-
-def _behind(layer: _BatchNorm, names: dict[nn.Module, str], calls: Calls) -> list[nn.Module] | str:
-    """Return the linear operations whose output the layer takes, or why it cannot fold."""
-    into: dict[nn.Module, None] = {}
-    for call in calls.of[layer]:
-        source = call.source
-        if source is None or isinstance(source.module, _BatchNorm):
-            return "its input is not the output of a linear operation"
-        channels = call.source_channels(1)
-        if channels is None or not torch.equal(channels, torch.arange(layer.num_features)):
-            return f"axis 1, which it normalises, is not the output axis of {names[source.module]}"
-        into[source.module] = None
-    for module in into:
-        if reason := _reserved(module, calls):
-            return f"{names[module]} {reason}"
-        for call in calls.of[module]:
-            for taker in call.takers:
-                if not (isinstance(taker, Call) and taker.module is layer):
-                    return f"the output of {names[module]} goes to {_name(taker, names)} as well"
-            if len(call.takers) != 1:
-                return f"the output of {names[module]} is not taken once"
-    return list(into)
+    return reserved(layer, calls)
 
 
 def _in_front(
@@ -287,8 +258,8 @@ def _in_front(
             return "nothing takes its output"
         for taker in call.takers:
             if isinstance(taker, str) or isinstance(taker.module, _BatchNorm):
-                return f"its output goes to {_name(taker, names)}"
-            if reason := _reserved(taker.module, calls) or _pads(taker.module):
+                return f"its output goes to {taker_name(taker, names)}"
+            if reason := reserved(taker.module, calls) or _pads(taker.module):
                 return f"{names[taker.module]} {reason}"
             into[taker.module] = torch.empty(0)
     for module in into:
@@ -319,10 +290,6 @@ def _pads(module: nn.Module) -> str:
         ):
             return "pads with zeros, which would have to be normalised too"
     return ""
-
-
-def _name(taker: Call | str, names: dict[nn.Module, str]) -> str:
-    return taker if isinstance(taker, str) else names[taker.module]
 
 
 def _apply(model: nn.Module, plan: _Plan, undo: ExitStack) -> None:
@@ -409,7 +376,7 @@ def _compare(
                 worst = float("inf")
                 continue
             old = [call.sample for call in was if call.sample is not None]
-            largest, scale = _largest_difference(old, found)
+            largest, scale = largest_difference(old, found)
             worst = max(worst, largest / scale if scale else largest)
         differences[names[plan.layer]] = worst
     return differences, output
@@ -423,17 +390,3 @@ def _places(plan: _Plan, plans: list[_Plan]) -> list[tuple[nn.Module, nn.Module]
         # Of several that went into one operation, its output is that of the last.
         places.append((behind[-1].layer, behind[-1].tail) if behind else (module, module))
     return places
-
-
-def _largest_difference(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
-    """Return the largest absolute difference, and the largest absolute value before."""
-    largest, scale = 0.0, 0.0
-    for old, new in zip(before, after, strict=True):
-        if not old.is_floating_point() or not old.numel():
-            continue
-        if old.shape != new.shape:
-            return float("inf"), scale
-        difference = float((old.double() - new.double()).abs().max())
-        largest = max(largest, difference if difference == difference else float("inf"))
-        scale = max(scale, float(old.double().abs().max()))
-    return largest, scale

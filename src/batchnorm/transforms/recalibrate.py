@@ -161,14 +161,13 @@ def recalibrate(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = batch_norms(model)
-    left = {name: reason for name, layer in layers.items() if (reason := _left_alone(model, layer))}
+    left = {name: reason for name, layer in layers.items() if (reason := left_alone(model, layer))}
     populations = {name: _Population() for name in layers if name not in left}
     if not populations:
         reasons = "; ".join(f"{name or 'the layer'} {reason}" for name, reason in left.items())
         raise ValueError(f"no layer to recalibrate: {reasons}")
     batches = 0
     total = len(loader) if isinstance(loader, Sized) else None
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
         stack.enter_context(torch.no_grad())
@@ -176,11 +175,7 @@ def recalibrate(
         for name, population in populations.items():
             stack.enter_context(_Observed(name, layers[name], population))
         for batch in loader:
-            batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-            if forward is None:
-                _forward(model, batch)
-            else:
-                forward(model, batch)
+            run(model, batch, forward)
             batches += 1
             if progress is not None:
                 progress(batches, total)
@@ -243,7 +238,8 @@ class _Observed:
             self._population.add(functional.moments(x))
 
 
-def _left_alone(model: nn.Module, layer: _BatchNorm) -> str:
+def left_alone(model: nn.Module, layer: _BatchNorm) -> str:
+    """Say why the running statistics of a layer are to stay as they are, or nothing."""
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics"
     if statistics_frozen(layer):
@@ -255,12 +251,16 @@ def _left_alone(model: nn.Module, layer: _BatchNorm) -> str:
     return ""
 
 
-def _forward(model: nn.Module, batch: Any) -> None:
+def run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], object] | None) -> object:
+    """Run the network on a batch of any structure, on the network's device."""
+    device = next(t.device for t in (*model.parameters(), *model.buffers()))
+    batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    if forward is not None:
+        return forward(model, batch)
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters.values()
         if any(p.kind == p.VAR_KEYWORD for p in parameters):
-            model(**batch)
-            return
+            return model(**batch)
         names = [p.name for p in parameters]
         chosen = {name: batch[name] for name in names if name in batch}
         if not chosen:
@@ -269,16 +269,15 @@ def _forward(model: nn.Module, batch: Any) -> None:
                 f"{', '.join(names)}; say which is which: "
                 "forward=lambda model, batch: model(batch[...])"
             )
-        model(**chosen)
-    elif isinstance(batch, list | tuple) and batch:
-        model(batch[0])
-    elif isinstance(batch, Tensor):
-        model(batch)
-    else:
-        raise TypeError(
-            f"a batch is a {type(batch).__name__}, of which it is not clear what the input is; "
-            "pass forward=lambda model, batch: model(...)"
-        )
+        return model(**chosen)
+    if isinstance(batch, list | tuple) and batch:
+        return model(batch[0])
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise TypeError(
+        f"a batch is a {type(batch).__name__}, of which it is not clear what the input is; "
+        "pass forward=lambda model, batch: model(...)"
+    )
 
 
 def _write(found: list[tuple[str, _BatchNorm, _Population]], method: str) -> None:
