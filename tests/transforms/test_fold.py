@@ -444,6 +444,26 @@ def test_a_network_that_is_not_a_function_is_refused_whole():
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
 
 
+def test_an_error_in_the_folded_network_puts_everything_back():
+    model = trained(Written(lambda m, x: m.bn(m.conv(x)) * m.bn.eps))
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    with pytest.raises(AttributeError, match="'Identity' object has no attribute 'eps'"):
+        fold(model, draw(2, 4, 4, 4))
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def test_an_autograd_function_that_takes_the_output_too():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+    model = trained(Written(lambda m, x: m.bn(y := m.conv(x)) + Double.apply(y)))
+    assert_left(model, draw(2, 4, 4, 4), reason="conv goes to", layer="bn")
+
+
 def test_a_layer_called_behind_the_networks_back_is_left():
     norm = nn.BatchNorm1d(4)
     model = nn.Module()
@@ -471,3 +491,13 @@ def test_inserted_norms_are_left():
     report = fold(trained(model), draw(5, 3))
     assert report.folded == {}
     assert len(report.left) == 1
+
+
+def test_a_folded_network_exports():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    x = draw(2, 3, 5, 5)
+    y = model(x)
+    fold(model, x)
+    program = torch.export.export(model, (x,))
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), y)

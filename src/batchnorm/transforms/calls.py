@@ -281,11 +281,17 @@ def _find_kept(follower: _Follower, output: list[Tensor]) -> None:
     """Note the values that something still holds, in an attribute say."""
     returned = {id(t) for t in output}
     values = follower.values
+    unheld = _references([torch.empty(0)])[1]
     while follower.alive:
-        tensor = follower.alive.pop()
-        # The name here and the argument of getrefcount are two.
-        if sys.getrefcount(tensor) > 2 and id(tensor) not in returned:
-            values[id(tensor)].call.takers.append("something that keeps it")
+        tensor, references = _references(follower.alive)
+        if references > unheld and tensor not in returned:
+            values[tensor].call.takers.append("something that keeps it")
+
+
+def _references(tensors: list[Tensor]) -> tuple[int, int]:
+    """Take the last of the tensors; return its id and how many references to it there are."""
+    tensor = tensors.pop()
+    return id(tensor), sys.getrefcount(tensor)
 
 
 def reserved(module: nn.Module, calls: Calls) -> str:
