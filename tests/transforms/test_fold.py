@@ -322,6 +322,8 @@ def test_shared_layers():
     assert_left(
         trained(two_norms), draw(2, 4, 4, 4), reason="conv goes to second as well", layer="bn"
     )
+    again = Written(lambda m, x: m.bn(y := m.conv(x)) + m.bn(y).relu())
+    assert_folded(trained(again), draw(2, 4, 4, 4), layers=["bn"])
     norm = nn.BatchNorm1d(3)
     names = nn.Sequential(nn.Linear(3, 3), norm, nn.Linear(3, 3), norm)
     assert_folded(trained(names), draw(5, 3))

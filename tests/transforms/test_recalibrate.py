@@ -326,6 +326,20 @@ def test_other_statistics(statistics):
     assert layer.guard is None
 
 
+@pytest.mark.parametrize(
+    "statistics",
+    [batchnorm.Ghost(2), batchnorm.Ghost(99), batchnorm.Renorm(schedule=None)],
+    ids=str,
+)
+def test_the_layers_behind_see_what_the_whole_batch_normalised(statistics):
+    x = torch.rand(6, 3, dtype=torch.float64) ** 3 + 2
+    model = nn.Sequential(batchnorm.BatchNorm1d(3, statistics=statistics), nn.Tanh())
+    model.append(nn.BatchNorm1d(3)).double()
+    recalibrate(model, [x])
+    y = torch.tanh((x - x.mean(0)) / (x.var(0, correction=0) + model[0].eps).sqrt())
+    torch.testing.assert_close(model[2].running_var, y.var(0), rtol=tolerances.DOUBLE, atol=0)
+
+
 def test_low_precision_and_large_means():
     """Sums are float64 whatever the layer is: bfloat16 would stall, float32 lose the variance."""
     generator = torch.Generator().manual_seed(0)

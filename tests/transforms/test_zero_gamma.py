@@ -84,6 +84,12 @@ def test_blocks_that_are_left(model, reason):
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def test_a_sum_is_not_the_end_of_a_batch_norm():
+    report = zero_gamma(Sum(nn.Identity(), Sum(conv_norm(), nn.Tanh())), X)
+    assert report.zeroed == ["b.a.1"]
+    assert report.left == {"b.a.1": "the block does not end in a batch norm"}
+
+
 def test_no_residual_blocks():
     with pytest.raises(ValueError, match="it has no residual blocks"):
         zero_gamma(nn.Sequential(conv_norm(), nn.ReLU()), X)

@@ -324,8 +324,6 @@ def behind(layer: _BatchNorm, names: dict[nn.Module, str], calls: Calls) -> list
                     return (
                         f"the output of {names[module]} goes to {taker_name(taker, names)} as well"
                     )
-            if len(call.takers) != 1:
-                return f"the output of {names[module]} is not taken once"
     return list(into)
 
 
