@@ -18,10 +18,21 @@ __all__ = [
     "Lp",
     "Ramp",
     "Renorm",
+    "adapt",
+    "average",
     "convert",
+    "fold",
+    "freeze",
+    "frozen",
     "functional",
+    "import_statistics",
     "nn",
+    "parameter_groups",
+    "recalibrate",
     "revert",
+    "strip_bias",
+    "unfreeze",
+    "zero_gamma",
 ]
 
 if TYPE_CHECKING:
@@ -40,11 +51,34 @@ if TYPE_CHECKING:
         Ramp,
         Renorm,
     )
+    from batchnorm.transforms.adapt import adapt
+    from batchnorm.transforms.average import average
     from batchnorm.transforms.convert import convert, revert
+    from batchnorm.transforms.fold import fold
+    from batchnorm.transforms.freeze import freeze, frozen, unfreeze
+    from batchnorm.transforms.import_statistics import import_statistics
+    from batchnorm.transforms.parameter_groups import parameter_groups
+    from batchnorm.transforms.recalibrate import recalibrate
+    from batchnorm.transforms.strip_bias import strip_bias
+    from batchnorm.transforms.zero_gamma import zero_gamma
 
 # Where the public names are that are not in nn. Nothing is imported before it is asked for, so
 # that a command line or a reader of records starts without torch.
-_HOMES = {"convert": "transforms.convert", "revert": "transforms.convert"}
+_HOMES = {
+    "adapt": "transforms.adapt",
+    "average": "transforms.average",
+    "convert": "transforms.convert",
+    "fold": "transforms.fold",
+    "freeze": "transforms.freeze",
+    "frozen": "transforms.freeze",
+    "import_statistics": "transforms.import_statistics",
+    "parameter_groups": "transforms.parameter_groups",
+    "recalibrate": "transforms.recalibrate",
+    "revert": "transforms.convert",
+    "strip_bias": "transforms.strip_bias",
+    "unfreeze": "transforms.freeze",
+    "zero_gamma": "transforms.zero_gamma",
+}
 _SUBMODULES = ("functional", "nn")
 
 
