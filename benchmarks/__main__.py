@@ -24,8 +24,11 @@ from benchmarks.cases import FEW, Case, all_cases, make_inputs
 from benchmarks.environment import environment
 from benchmarks.measure import disagreement, interleaved, llc_bytes, spread, streaming_rate
 
-# Root mean square, of values of any scale: one rounding of each type, and ReLU's kink.
-AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2}
+# Root mean square, of values of any scale. Ours against float64: roundings of the type.
+EXACT = {"float32": 1e-5, "bfloat16": 1e-2}
+# A peer against ours: torch's own channels_last sums are 5e-3 off in float32, and what is rounded
+# to bfloat16 before ReLU falls on the other side of its kink once in a thousand.
+AGREEMENT = {"float32": 2e-2, "bfloat16": 1e-1}
 Row = dict[str, object]
 
 
@@ -39,11 +42,14 @@ def measure(case: Case, seconds: float, rates: dict[int, float]) -> Row:
         if call is not None:
             calls[name] = call
     results = calls["ours"]()
+    errors = {"ours": disagreement(results, peers.exact(case, inputs))}
     for name, call in calls.items():
-        error = disagreement(call(), results)
-        if not error <= AGREEMENT[case.type]:
-            raise SystemExit(f"{case.name}: {name} disagrees with ours by {error:.1e}; no report")
+        if name != "ours":
+            errors[name] = disagreement(call(), results)
     del results
+    for name, error in errors.items():
+        if not error <= (EXACT if name == "ours" else AGREEMENT)[case.type]:
+            raise SystemExit(f"{case.name}: {name} is off by {error:.1e}; no report")
     times = interleaved(calls, seconds * len(calls))
     size = case.bytes()
     if size not in rates:
@@ -57,6 +63,7 @@ def measure(case: Case, seconds: float, rates: dict[int, float]) -> Row:
         "milliseconds": {name: 1e3 * t for name, t in best.items()},
         "spread": {name: spread(t) for name, t in times.items()},
         "ratio": {name: t / best["ours"] for name, t in best.items() if name != "ours"},
+        "error": errors,
         "floor_share": case.floor_bytes() / rates[size] / best["ours"],
         "calls": len(times["ours"]),
     }

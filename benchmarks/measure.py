@@ -40,8 +40,8 @@ def spread(times: list[float]) -> float:
 
 def as_tensor(value: object) -> Tensor:
     if isinstance(value, Tensor):
-        return (value.to_dense() if value.layout is not torch.strided else value).float()
-    return torch.from_numpy(np.asarray(value).astype("float32"))
+        return (value.to_dense() if value.layout is not torch.strided else value).double()
+    return torch.from_numpy(np.asarray(value).astype("float64"))
 
 
 def disagreement(got: tuple[object, ...], want: tuple[object, ...]) -> float:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm import functional
+from batchnorm.ops import reference
 from benchmarks.cases import Case, Inputs
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -48,6 +49,26 @@ def ours(case: Case, inputs: Inputs) -> Call:
         return functional.batch_norm(x, weight, bias, residual=residual, activation=activation).y
 
     return _through_autograd(case, inputs, normalise)
+
+
+def exact(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The results in float64, by the reference."""
+    x, dy, residual, weight, bias = (
+        None if t is None else t.double()
+        for t in (inputs.x, inputs.dy, inputs.residual, inputs.weight, inputs.bias)
+    )
+    code = functional.activation_code(None if case.kind == "plain" else "relu")
+    if case.mode == "inference":
+        given = (inputs.mean, inputs.var, weight, bias, residual)
+        return (reference.normalize(x, *given, 1e-5, code),)
+    y, mean, var, gate = reference.training_forward(x, weight, bias, residual, 1e-5, code)
+    if case.mode == "forward":
+        return (y,)
+    saved = (None, gate) if gate.numel() else (None, None)
+    dx, dz, dweight, dbias = reference.training_backward(
+        dy, x, mean, var, weight, bias, *saved, 1e-5, code
+    )
+    return (y, dx, dweight, dbias, *([dz] if residual is not None else []))
 
 
 def _composed(case: Case, inputs: Inputs) -> Normalise:
