@@ -90,6 +90,7 @@ def eager(case: Case, inputs: Inputs) -> Call:
 
 
 def compiled(case: Case, inputs: Inputs) -> Call:
+    torch.compiler.reset()  # each case compiles afresh; dynamo gives up after eight
     return _through_autograd(case, inputs, torch.compile(_composed(case, inputs)))
 
 
