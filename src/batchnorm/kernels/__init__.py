@@ -22,6 +22,8 @@ def load_cpu() -> str:
     # Another build, for instance one under sanitizers.
     other = os.environ.get("BATCHNORM_CPU_LIBRARY")
     library = Path(other) if other else built.joinpath(f"libbatchnorm_cpu.{suffix}")
+    if other and not library.is_file():
+        raise ImportError(f"BATCHNORM_CPU_LIBRARY={other!r} is not a file")
     if not library.is_file():
         reason = built.joinpath("without_kernels.txt")
         raise ImportError(reason.read_text() if reason.is_file() else "they were not built")
