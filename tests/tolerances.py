@@ -11,7 +11,7 @@ SINGLE = 2e-5
 DIFFERENCE = 1e-6
 """Relative, a difference of nearly equal float64 gradients: 1e-16 over the share that is left."""
 
-EPSILON = 0.02
+EPSILON = 0.01
 """Absolute, batch norm's output variance σ²/(σ²+ε) against 1, for σ² above 1e-3 and ε = 1e-5."""
 
 EXACT_STANDARD = 2e-6

@@ -118,7 +118,7 @@ def test_a_probe_that_fails_leaves_the_model_as_it_was() -> None:
         assert torch.equal(value, before[name]), name
 
 
-def test_arms_share_weights_and_batches(tmp_path: Path) -> None:
+def test_arms_of_a_seed_share_weights() -> None:
     settings = CompareSettings(steps=1, seeds=2, lr=(0.1, 1.0), norm=("none", "batch", "layer"))
     task = load_task("digits")
     cells = settings.cells({})

@@ -16,7 +16,6 @@ class Layer:
     """One linear operation (W, b) with the normalisation behind it, if any."""
 
     name: str
-    linear: nn.Module
     site: nn.Module
     """The module whose output is the input of the nonlinearity."""
     parameters: frozenset[str]
@@ -46,7 +45,7 @@ def find_layers(model: nn.Module, example: Tensor) -> list[Layer]:
         if prefix is not None
     }
     current = flows[0].name if flows else ""
-    for name in (name for name, _ in model.named_parameters()):
+    for name, _ in model.named_parameters():
         holder = name.rpartition(".")[0]
         current = prefixes.get(holder, current)
         if current:
@@ -54,7 +53,6 @@ def find_layers(model: nn.Module, example: Tensor) -> list[Layer]:
     return [
         Layer(
             flow.name,
-            flow.module,
             modules[flow.norm] if flow.norm is not None else flow.module,
             frozenset(owned[flow.name]),
         )
