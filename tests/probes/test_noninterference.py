@@ -98,6 +98,18 @@ def test_the_input_of_a_nonlinearity_behind_batch_norm_is_normalised(tmp_path: P
         assert abs(std - 1) < tolerances.EPSILON
 
 
+def test_layers_that_take_no_part_in_training_are_left_out(tmp_path: Path) -> None:
+    run, _ = compare(
+        CompareSettings(
+            model="tests.studies.networks:only_in_evaluation", steps=3, seeds=1, lr=(0.1,)
+        ),
+        tmp_path / "run",
+    )
+    for cell in run.cells:
+        measured = {record.layer for record in cell.records if record.quantity == "gradient/norm"}
+        assert measured == {"hidden", "out"}
+
+
 def test_a_probe_that_fails_leaves_the_model_as_it_was() -> None:
     model = network()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -38,6 +38,26 @@ def normalized() -> nn.Module:
     )
 
 
+class OnlyInEvaluation(nn.Module):
+    """One layer runs in evaluation alone, another's output is detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64, 16)
+        self.calibration = nn.Linear(16, 16)
+        self.monitor = nn.Linear(16, 16)
+        self.out = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.hidden(x.flatten(1)).relu()
+        x = x + self.monitor(x).relu().detach()
+        return self.out(x if self.training else self.calibration(x).relu())
+
+
+def only_in_evaluation() -> nn.Module:
+    return OnlyInEvaluation()
+
+
 class Activated(nn.BatchNorm2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input).relu()

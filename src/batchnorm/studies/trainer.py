@@ -243,6 +243,8 @@ class Trainer:
             step.gradients = {
                 n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None
             }
+            # A layer that took no part in this step has nothing to measure.
+            step.layers = [layer for layer in self.layers if layer.weight in step.gradients]
         for probe in due:
             # Where the loss overflowed, the loss is all there is to say.
             if math.isfinite(step.loss) or isinstance(probe, BatchLoss):
