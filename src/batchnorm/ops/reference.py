@@ -33,7 +33,7 @@ NONE, RELU, RELU6, LEAKY_RELU, SILU, GELU, HARDSWISH = range(len(ACTIVATIONS))
 LEAKY_SLOPE = 0.01
 
 # Runs of fewer contiguous positions share a row of the gate: padding each would spoil its packing.
-SHORT_RUN = 64
+SHORT_RUN = 16
 
 # Statistics are accumulated and kept wider than the data.
 STATISTICS_DTYPE = torch.float64
