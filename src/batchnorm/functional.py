@@ -477,6 +477,7 @@ def sync_batch_norm(
         TypeError: As :func:`batch_norm`.
         RuntimeError: Another process ended, or did not call it within the time-out of the group.
             (NCCL ends the process instead, unless told otherwise.)
+        NotImplementedError: Of several processes, under :func:`torch.vmap` or in forward mode.
 
     Example:
         >>> import torch

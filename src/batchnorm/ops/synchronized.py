@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm.ops import reference
 from batchnorm.ops.autograd import (
@@ -63,6 +64,12 @@ def _of_share(x: Tensor, mask: Tensor | None) -> Tensor:
 class _Total(_Function):
     """The sum over all processes, of which each gets the sum of the gradients of all."""
 
+    generate_vmap_rule = False  # torch waits for one slice of a batch and not for the others
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], share: Tensor, group: str) -> tuple[Tensor, int]:
+        return _Total.apply(share.movedim(in_dims[0], 0), group), 0
+
     @staticmethod
     def forward(share: Tensor, group: str) -> Tensor:
         with _below_autograd():
@@ -78,6 +85,21 @@ class _Total(_Function):
 
 
 class _Synchronized(_Function):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError(
+            "Sync statistics cannot be mapped by vmap, as processes exchange one batch at a time; "
+            "call the layer in a loop"
+        )
+
+    @staticmethod
+    def jvp(*_: Any) -> Any:
+        raise NotImplementedError(
+            "Sync statistics have no forward mode; differentiate in reverse mode"
+        )
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -168,7 +190,9 @@ def _affine(
 
 
 def _synchronized(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    apply: Any = _Synchronized.apply_here if _requires_grad(args) else _Synchronized.forward
+    # Forward mode too goes to autograd, which says that there is none.
+    watched = _requires_grad(args) or forward_ad._current_level >= 0
+    apply: Any = _Synchronized.apply_here if watched else _Synchronized.forward
     result: tuple[Tensor, Tensor, Tensor, Tensor] = apply(*args)
     return result
 
