@@ -302,7 +302,7 @@ class Sync(Statistics):
 
     def __repr__(self) -> str:
         group = self.process_group
-        return f"Sync({'' if group is None else f'process_group=<{group.size()} processes>'})"
+        return f"Sync({'' if group is None else f'process_group=<ProcessGroup of {group.size()}>'})"
 
     def __deepcopy__(self, memo: Any) -> "Sync":
         return self  # a group cannot be copied

@@ -67,8 +67,8 @@ def revert(model: nn.Module) -> nn.Module:
         The same network.
 
     Raises:
-        ValueError: A layer does what torch's cannot: it activates, or its statistics are not
-            those of the batch. Nothing is changed then.
+        ValueError: A layer does what torch's cannot: it activates, its statistics are not those
+            of the batch, or it is of any rank. Nothing is changed then.
 
     Example:
         >>> import batchnorm
@@ -78,6 +78,11 @@ def revert(model: nn.Module) -> nn.Module:
         'torch.nn.modules.batchnorm'
     """
     for name, layer in model.named_modules():
+        if type(layer) is batchnorm.BatchNorm:
+            raise ValueError(
+                f"{name or 'the layer'} is a batch norm for inputs of any rank, which torch has "
+                "not; give it the one that it gets, as by layer.__class__ = batchnorm.BatchNorm2d"
+            )
         for option in BEYOND[:2] if type(layer) in _THEIRS else ():
             value = getattr(layer, option)
             if value is not None:
