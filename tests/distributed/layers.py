@@ -245,8 +245,10 @@ def finite_differences(rank, world):
             y, mean, var = f(masked)(*inputs)
             return y, Leave.apply(mean / world), Leave.apply(var / world)
 
-        found[f"first, masked={masked}"] = torch.autograd.gradcheck(shared, inputs)
-        found[f"second, masked={masked}"] = torch.autograd.gradgradcheck(y_alone, inputs)
+        found[f"first, masked={masked}"] = torch.autograd.gradcheck(shared, inputs, fast_mode=True)
+        found[f"second, masked={masked}"] = torch.autograd.gradgradcheck(
+            y_alone, inputs, fast_mode=True
+        )
     return found
 
 

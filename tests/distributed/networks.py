@@ -104,7 +104,7 @@ def compiled(rank, world):
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         f = torch.compile(layer, backend=counter, fullgraph=True)
         largest = 0.0
-        for step, size in enumerate((2, 4, 6, 6)):
+        for step, size in enumerate((2, 4, 6)):
             x = draw(size + rank, 3, 2, 2, seed=10 * rank + step).float()
             grads = []
             for module in (f, eager):
