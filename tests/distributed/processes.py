@@ -95,5 +95,5 @@ def run(world, checks, folder: Path):
     failed = [rank for rank in ranks if not (folder / f"{rank}.results").exists()]
     assert not failed, f"no results of processes {failed}, which ended with {codes}; see stderr"
     results = [torch.load(folder / f"{rank}.results") for rank in ranks]
-    ends = [torch.load(folder / f"{rank}.end") for rank in ranks if rank != 1]
+    ends = [torch.load(end) for end in sorted(folder.glob("*.end"))]
     return results, codes, ends

@@ -84,6 +84,7 @@ def test_a_killed_process_ends_the_others(world):
     """With an error within the time-out of the group, which says where to look."""
     _, codes, ends = ended(world)
     assert codes == [-9 if rank == 1 else 1 for rank in range(world)]
+    assert len(ends) == world - 1
     for seconds, said in ends:
         assert seconds < WHEN_KILLED.total_seconds() + 5
         assert "One of them ended" in said
