@@ -504,16 +504,15 @@ def sync_batch_norm(
     y, mean, var, n = ops.synchronized_forward(
         *(x, weight, bias, residual, mask, eps, code, group, ranks)
     )
-    visible = x.device.type == "cpu" and not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    visible = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
     if mask is not None:
         _check_masked_count(n)
     elif x.numel() < 2 * x.shape[1]:  # else it is not for this process to look
         if visible and n == 0:
             return TrainingResult(y, Moments(mean, var, 0))
         _check_total_count(n, visible)
-    return TrainingResult(y, Moments(mean, var, int(n) if visible else n))
+    known = visible and x.device.type == "cpu"  # elsewhere it would wait for the device
+    return TrainingResult(y, Moments(mean, var, int(n) if known else n))
 
 
 def processes(group: dist.ProcessGroup | None) -> tuple[str, int]:

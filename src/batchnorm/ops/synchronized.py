@@ -28,9 +28,10 @@ from batchnorm.ops.schemas import library
 _collectives = torch.ops._c10d_functional
 
 
-def _wait(pending: Tensor) -> Tensor:
+def _exchange(collective: Any, *args: Any) -> Tensor:
+    """Take part in a collective operation and wait for its result."""
     try:
-        result: Tensor = _collectives.wait_tensor.default(pending)
+        result: Tensor = _collectives.wait_tensor.default(collective.default(*args))
     except RuntimeError as error:
         error.add_note(
             "The processes could not exchange the statistics of a batch. One of them ended (its "
@@ -40,12 +41,6 @@ def _wait(pending: Tensor) -> Tensor:
         )
         raise
     return result
-
-
-def _gather(row: Tensor, ranks: int, group: str) -> Tensor:
-    """Return what every process gave, one row each, the same bits everywhere."""
-    gathered = _collectives.all_gather_into_tensor.default(row.contiguous(), ranks, group)
-    return _wait(gathered).view(ranks, -1)
 
 
 def _of_share(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -73,7 +68,7 @@ class _Total(_Function):
     @staticmethod
     def forward(share: Tensor, group: str) -> Tensor:
         with _below_autograd():
-            return _wait(_collectives.all_reduce.default(share.contiguous(), "sum", group))
+            return _exchange(_collectives.all_reduce, share.contiguous(), "sum", group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -112,7 +107,9 @@ class _Synchronized(_Function):
         group: str,
         ranks: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gathered = _gather(_of_share(x, mask), ranks, group)
+        row = _of_share(x, mask)
+        # One row each, the same bits everywhere.
+        gathered = _exchange(_collectives.all_gather_into_tensor, row, ranks, group).view(ranks, -1)
         n = gathered[:, :1]
         # Of no values the moments are not numbers.
         mean, var = torch.where(n > 0, gathered[:, 1:], 0.0).chunk(2, 1)
