@@ -18,9 +18,11 @@ __all__ = [
     "Lp",
     "Ramp",
     "Renorm",
+    "Sync",
     "adapt",
     "average",
     "convert",
+    "desynchronize",
     "fold",
     "freeze",
     "frozen",
@@ -31,6 +33,7 @@ __all__ = [
     "recalibrate",
     "revert",
     "strip_bias",
+    "synchronize",
     "unfreeze",
     "zero_gamma",
 ]
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
         Lp,
         Ramp,
         Renorm,
+        Sync,
     )
     from batchnorm.transforms.adapt import adapt
     from batchnorm.transforms.average import average
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from batchnorm.transforms.parameter_groups import parameter_groups
     from batchnorm.transforms.recalibrate import recalibrate
     from batchnorm.transforms.strip_bias import strip_bias
+    from batchnorm.transforms.synchronize import desynchronize, synchronize
     from batchnorm.transforms.zero_gamma import zero_gamma
 
 # Where the public names are that are not in nn. Nothing is imported before it is asked for, so
@@ -68,6 +73,7 @@ _HOMES = {
     "adapt": "transforms.adapt",
     "average": "transforms.average",
     "convert": "transforms.convert",
+    "desynchronize": "transforms.synchronize",
     "fold": "transforms.fold",
     "freeze": "transforms.freeze",
     "frozen": "transforms.freeze",
@@ -76,6 +82,7 @@ _HOMES = {
     "recalibrate": "transforms.recalibrate",
     "revert": "transforms.convert",
     "strip_bias": "transforms.strip_bias",
+    "synchronize": "transforms.synchronize",
     "unfreeze": "transforms.freeze",
     "zero_gamma": "transforms.zero_gamma",
 }

@@ -177,8 +177,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
-        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
-            :class:`Frozen`. Default: the batch.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp`,
+            :class:`Sync` or :class:`Frozen`. Default: the batch.
         guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
@@ -236,8 +236,8 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
-        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
-            :class:`Frozen`. Default: the batch.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp`,
+            :class:`Sync` or :class:`Frozen`. Default: the batch.
         guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
@@ -291,8 +291,8 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
-        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
-            :class:`Frozen`. Default: the batch.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp`,
+            :class:`Sync` or :class:`Frozen`. Default: the batch.
         guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
@@ -314,3 +314,19 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
     _ranks = (5,)
     _shapes = "(N, C, D, H, W)"
+
+
+class BatchNorm(_BatchNorm):
+    r"""Batch normalization of inputs of any rank, (N, C, \*): :class:`BatchNorm1d` and its like.
+
+    It is what becomes of a :class:`torch.nn.SyncBatchNorm`, which has no rank either.
+
+    Example:
+        >>> import torch
+        >>> layer = BatchNorm(3)
+        >>> layer(torch.randn(8, 3)).shape, layer(torch.randn(8, 3, 4, 4)).shape
+        (torch.Size([8, 3]), torch.Size([8, 3, 4, 4]))
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Leave it to the function."""

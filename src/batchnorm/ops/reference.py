@@ -175,6 +175,16 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, var, count
 
 
+def merge(mean: Tensor, var: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the moments of all values from those of their parts, one row each.
+
+    ``share`` (parts, 1) is each part's share of the values. Chan, Golub & LeVeque 1983: no
+    difference of two large sums.
+    """
+    merged = (mean * share).sum(0)
+    return merged, ((var + (mean - merged).square()) * share).sum(0)
+
+
 def scale_and_shift(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
