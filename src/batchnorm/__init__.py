@@ -25,6 +25,7 @@ __all__ = [
     "freeze",
     "frozen",
     "functional",
+    "fuse",
     "import_statistics",
     "nn",
     "parameter_groups",
@@ -32,6 +33,7 @@ __all__ = [
     "revert",
     "strip_bias",
     "unfreeze",
+    "unfuse",
     "zero_gamma",
 ]
 
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from batchnorm.transforms.convert import convert, revert
     from batchnorm.transforms.fold import fold
     from batchnorm.transforms.freeze import freeze, frozen, unfreeze
+    from batchnorm.transforms.fuse import fuse, unfuse
     from batchnorm.transforms.import_statistics import import_statistics
     from batchnorm.transforms.parameter_groups import parameter_groups
     from batchnorm.transforms.recalibrate import recalibrate
@@ -71,12 +74,14 @@ _HOMES = {
     "fold": "transforms.fold",
     "freeze": "transforms.freeze",
     "frozen": "transforms.freeze",
+    "fuse": "transforms.fuse",
     "import_statistics": "transforms.import_statistics",
     "parameter_groups": "transforms.parameter_groups",
     "recalibrate": "transforms.recalibrate",
     "revert": "transforms.convert",
     "strip_bias": "transforms.strip_bias",
     "unfreeze": "transforms.freeze",
+    "unfuse": "transforms.fuse",
     "zero_gamma": "transforms.zero_gamma",
 }
 _SUBMODULES = ("functional", "nn")
