@@ -228,7 +228,7 @@ class _ReplacedForward(_Replaced):
 
 class _ReplacedLayer(_Replaced):
     def _holds(self) -> bool:
-        return all([check(self) for check in self.__dict__[_KEPT]])
+        return all(check(self) for check in self.__dict__[_KEPT])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._holds():

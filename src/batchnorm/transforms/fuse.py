@@ -207,14 +207,22 @@ def _snapshot(model: nn.Module) -> Any:
 def _take_over(model: nn.Module) -> dict[nn.Module, str]:
     """Turn all batch norms that can be into ours; return those that activate themselves."""
     activating: dict[nn.Module, str] = {}
+    tried: dict[Any, bool] = {}
     for layer in list(model.modules()):
-        if isinstance(layer, _BatchNorm) and (checks := _what_its_children_do(layer)) is not None:
-            found = [a for child in layer.children() if (a := activation_of(child))]
-            activation = found[0] if found else None
-            if _is_batch_norm_and(activation, checks, layer):
-                replace_layer(layer, activation, checks)
-                if activation is not None:
-                    activating[layer] = activation
+        if not isinstance(layer, _BatchNorm) or (checks := _what_its_children_do(layer)) is None:
+            continue
+        activation = next((a for child in layer.children() if (a := activation_of(child))), None)
+        # Layers of one class that are set up alike do alike, so that one of them is tried.
+        alike = (
+            type(layer), activation, *((check.name, check.cls) for check in checks),
+            layer.affine, layer.track_running_stats, layer.momentum is None, layer.eps,
+        )  # fmt: skip
+        if alike not in tried:
+            tried[alike] = _is_batch_norm_and(activation, checks, layer)
+        if tried[alike]:
+            replace_layer(layer, activation, checks)
+            if activation is not None:
+                activating[layer] = activation
     convert(model)
     return activating
 
@@ -224,6 +232,8 @@ def _what_its_children_do(layer: _BatchNorm) -> list[Acting] | None:
     ranks = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if not isinstance(layer, ranks) or type(layer) in ranks or isinstance(layer, ours._BatchNorm):
         return None
+    if has_hooks(layer) or "forward" in layer.__dict__:
+        return None
     checks = []
     activations = 0
     for name, child in layer.named_children():
@@ -232,7 +242,7 @@ def _what_its_children_do(layer: _BatchNorm) -> list[Acting] | None:
         activations += type(child) is not nn.Identity
         options = ACTIVATION_MODULES.get(type(child), ("", {}))[1]
         checks.append(Acting(name, type(child), options))
-    return checks if activations < 2 and not has_hooks(layer) else None
+    return checks if activations < 2 else None
 
 
 def _is_batch_norm_and(activation: str | None, checks: list[Acting], layer: _BatchNorm) -> bool:

@@ -283,8 +283,11 @@ class _Tracer(fx.Tracer):
         with self._aside():
             if isinstance(a, dict | list) and type(a) not in (dict, list):
                 raise UntraceableError(f"makes a {type(a).__name__}, which a graph would not keep")
-            known = isinstance(a, nn.Parameter) or any(a is b for b in self.root.buffers())
-            if isinstance(a, Tensor) and not known and a not in self.tensor_attrs:
+            if (
+                isinstance(a, Tensor)
+                and a not in self.tensor_attrs
+                and not any(a is known for known in (*self.root.parameters(), *self.root.buffers()))
+            ):
                 raise UntraceableError("makes a tensor that does not depend on its input")
             return super().create_arg(a)
 
