@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.nn import batchnorm as ours
 from batchnorm.transforms.calls import largest_difference, tolerance
 from batchnorm.transforms.convert import convert
-from batchnorm.transforms.dataflow import preserved
 from batchnorm.transforms.forwards import (
     Acting,
     has_hooks,
@@ -26,12 +23,10 @@ from batchnorm.transforms.forwards import (
     replace_layer,
 )
 from batchnorm.transforms.layers import batch_norms
+from batchnorm.transforms.observed import compare, observe
 from batchnorm.transforms.sites import ACTIVATION_MODULES, activation_of, find
 
 __all__ = ["Fusing", "fuse", "unfuse"]
-
-_IN_DOUBLE = 1e-6
-"""How much may change in float64, where a deep network makes some 1e-16 no more than 1e-10."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +77,10 @@ def fuse(model: nn.Module, *example: Any, **named: Any) -> Fusing:
     are added later see what they always saw, and no change of the network goes unnoticed. Copies
     and pickles are fused, too. :func:`unfuse` undoes it.
 
-    With an example the network is run before and after, in evaluation and in training, in float64
-    where it can be. Outputs, gradients and running statistics must agree, and what does not run
-    as it was found is left. The sum of a residual of another shape or type than x is left to
-    torch in any case, when it occurs.
+    With an example the network, its batch norms ours already, is run before and after, in
+    evaluation and in training, in float64 where it can be. Outputs, gradients and running
+    statistics must agree, and what does not run as it was found is left. The sum of a residual
+    of another shape or type than x is left to torch in any case, when it occurs.
 
     Args:
         model: The network, in any mode, changed in place.
@@ -117,9 +112,8 @@ def fuse(model: nn.Module, *example: Any, **named: Any) -> Fusing:
     with ExitStack() as undo:
         undo.callback(_snapshot(model))
         unfuse(model)
-        runs = bool(example or named)
-        before = _observe(model, example, named) if runs else None
         activating = _take_over(model)
+        before = observe(model, example, named) if example or named else None
         excluded: dict[nn.Module, str] = {}
         while True:
             owners, left = find(model, excluded)
@@ -133,8 +127,8 @@ def fuse(model: nn.Module, *example: Any, **named: Any) -> Fusing:
                 for owner in owners:
                     for variant in owner.variants:
                         watch.callback(variant.watch(seen))
-                after = _observe(model, example, named, before.double)
-            largest = _compare(before, after)
+                after = observe(model, example, named, before.double)
+            largest = compare(before, after)
             fused = {layer for owner in owners for v in owner.variants for layer in v.fused}
             wrong = {
                 layer: "adds a value of another shape or type on the example"
@@ -269,109 +263,3 @@ def _is_batch_norm_and(activation: str | None, checks: list[Acting], layer: _Bat
                 if not largest <= tolerance(x) * scale:
                     return False
     return True
-
-
-@dataclass
-class _Observed:
-    """What a network computed: its outputs, gradients and running statistics."""
-
-    outputs: list[Tensor]
-    gradients: list[Tensor]
-    statistics: list[Tensor]
-    double: bool
-
-
-def _observe(
-    model: nn.Module, example: tuple[Any, ...], named: dict[str, Any], double: bool | None = None
-) -> _Observed:
-    """Run the network in evaluation and in training, leaving it as it was."""
-    if double is None:
-        try:
-            return _observe(model, example, named, True)
-        except (RuntimeError, TypeError):  # a type is written into it, or the device has none
-            return _observe(model, example, named, False)
-    with ExitStack() as stack:
-        stack.enter_context(preserved(model))
-        stack.enter_context(torch.random.fork_rng())
-        if double:
-            stack.enter_context(_in_double(model))
-            example, named = tree_map_only(Tensor, _widened, (example, named))
-        model.eval()
-        torch.manual_seed(0)
-        with torch.no_grad():
-            outputs = _tensors(model(*example, **named))
-        model.train()
-        torch.manual_seed(0)
-        with torch.enable_grad():
-            trained = _tensors(model(*example, **named))
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            gradients = _gradients(trained, parameters)
-        statistics = [buffer.clone() for buffer in model.buffers()]
-        return _Observed([*outputs, *(y.detach() for y in trained)], gradients, statistics, double)
-
-
-def _gradients(outputs: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
-    loss = torch.zeros(())
-    for y in outputs:
-        if y.requires_grad:
-            weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device)
-            loss = loss.to(y) + (y * weights.sin().view(y.shape)).sum()
-    if not loss.requires_grad or not parameters:
-        return []
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [g for g in found if g is not None]
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [v for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point()]
-
-
-def _widened(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
-
-
-@contextmanager
-def _in_double(model: nn.Module) -> Iterator[None]:
-    # The data of the parameters is exchanged, which remain the objects that optimisers hold.
-    kept = [(p, p.data) for p in model.parameters()]
-    try:
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = _widened(buffer)
-        for parameter, data in kept:
-            parameter.data = _widened(data)
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-
-
-def _compare(before: _Observed, after: _Observed) -> float:
-    """Return by how much, at most, something changed over its largest value.
-
-    Raises:
-        ValueError: it is more than rounding would.
-    """
-    worst = 0.0
-    for what in ("outputs", "gradients", "statistics"):
-        old, new = getattr(before, what), getattr(after, what)
-        same = len(old) == len(new)
-        largest, scale = largest_difference(old, new) if same else (float("inf"), 1.0)
-        relative = largest / scale if scale else largest
-        # A gradient of float32 is off by whole values where rounding carries one over a kink.
-        limit = (
-            _IN_DOUBLE
-            if before.double
-            else 1e-2
-            if what == "gradients"
-            else max(map(tolerance, old), default=0.0)
-        )
-        if not relative <= limit:
-            raise ValueError(
-                f"the {what} of the fused network differ by {relative:.1g} of the largest value: "
-                "it does more in its forward than compute, or is not the same from run to run. "
-                "It is as it was"
-            )
-        worst = max(worst, relative)
-    return worst

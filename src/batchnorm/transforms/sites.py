@@ -261,6 +261,12 @@ class _Finder:
                 )
             else:
                 spanned |= pieces
+        for site in found.sites:
+            if site.sum is not None and site.activation is None:
+                user = self._after_identities(owner, site.sum, [])
+                into = self._called(owner, user) if isinstance(user, fx.Node) else None
+                if into is not None and self._starts(into) and not has_hooks(into):
+                    spanned.add(into)
         return spanned
 
     def _before_identities(self, owner: nn.Module, node: fx.Node) -> fx.Node:
