@@ -168,7 +168,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     variance the unbiased one. In evaluation the running statistics are μ and σ². It is
     :class:`torch.nn.BatchNorm1d`, a subclass and interchangeable by state dict, and beyond it
 
-    - adds a residual and activates in the same pass: ``layer(x, residual)``;
+    - adds a residual and activates in the same pass: ``layer(x, residual)``, or for one call
+      otherwise than it is set to, ``layer(x, activation="relu")``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
     - keeps its running statistics in float32 whatever the type of its parameters;
     - updates them once a step, also where activation checkpointing runs forward twice;
@@ -227,7 +228,8 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     variance the unbiased one. In evaluation the running statistics are μ and σ². It is
     :class:`torch.nn.BatchNorm2d`, a subclass and interchangeable by state dict, and beyond it
 
-    - adds a residual and activates in the same pass: ``layer(x, residual)``;
+    - adds a residual and activates in the same pass: ``layer(x, residual)``, or for one call
+      otherwise than it is set to, ``layer(x, activation="relu")``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
     - keeps its running statistics in float32 whatever the type of its parameters;
     - updates them once a step, also where activation checkpointing runs forward twice;
@@ -282,7 +284,8 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     variance the unbiased one. In evaluation the running statistics are μ and σ². It is
     :class:`torch.nn.BatchNorm3d`, a subclass and interchangeable by state dict, and beyond it
 
-    - adds a residual and activates in the same pass: ``layer(x, residual)``;
+    - adds a residual and activates in the same pass: ``layer(x, residual)``, or for one call
+      otherwise than it is set to, ``layer(x, activation="relu")``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
     - keeps its running statistics in float32 whatever the type of its parameters;
     - updates them once a step, also where activation checkpointing runs forward twice;

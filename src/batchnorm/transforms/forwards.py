@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -72,12 +72,9 @@ class ItsLayer:
     def __call__(self, module: nn.Module) -> bool:
         """Check it, from the module whose forward was replaced."""
         layer = _at(module, self.path)
-        return (
-            isinstance(layer, ours._BatchNorm)
-            and layer.activation is None
-            and not has_hooks(layer)
-            and (not isinstance(layer, _ReplacedLayer) or layer._holds())
-        )
+        if not isinstance(layer, ours._BatchNorm) or layer.activation is not None:
+            return False
+        return not has_hooks(layer) and (not isinstance(layer, _ReplacedLayer) or layer._holds())
 
 
 @dataclass(frozen=True)
@@ -214,12 +211,12 @@ class _Replaced(nn.Module):
     _original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = super().__reduce_ex__(protocol)
-        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            # The class is made when it is needed, and so not found by its name.
-            kind = _ReplacedLayer if isinstance(self, _ReplacedLayer) else _ReplacedForward
-            return (_new, (kind, self._original, *args[1:]), *rest)
-        return (make, args, *rest)
+        reduced: Any = super().__reduce_ex__(protocol)
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        # The class is made when it is needed, and so not found by its name.
+        kind = _ReplacedLayer if isinstance(self, _ReplacedLayer) else _ReplacedForward
+        return (_new, (kind, self._original, *reduced[1][1:]), *reduced[2:])
 
 
 class _ReplacedForward(_Replaced):
@@ -228,7 +225,8 @@ class _ReplacedForward(_Replaced):
 
 class _ReplacedLayer(_Replaced):
     def _holds(self) -> bool:
-        return all(check(self) for check in self.__dict__[_KEPT])
+        checks = self.__dict__.get(_KEPT)
+        return checks is not None and all(check(self) for check in checks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._holds():
@@ -237,22 +235,27 @@ class _ReplacedLayer(_Replaced):
 
 
 def _new(kind: type[_Replaced], cls: type[nn.Module], *args: Any) -> nn.Module:
-    made = _subclass(kind, cls)
-    return made.__new__(made, *args)
+    made: Any = _subclass(kind, cls)
+    module: nn.Module = made.__new__(made, *args)
+    return module
 
 
 @functools.cache
-def _subclass(kind: type[_Replaced], cls: type[nn.Module]) -> type[nn.Module]:
-    bases: tuple[type, ...] = (kind, cls)
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_original": cls}
+def _subclass(kind: Hashable, original: Hashable) -> Any:
+    cls: Any = original
+    bases: tuple[Any, ...] = (kind, cls)
+    names: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_original": cls}
     if kind is _ReplacedLayer:
         ranks = (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d)
+        names |= {"__init__": cls.__init__, "activation": None, "statistics": None, "guard": None}
         bases = (kind, next(r for r in ranks if issubclass(cls, getattr(nn, r.__name__))), cls)
     else:
 
         @functools.wraps(cls.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            found = self.__dict__[_KEPT].choose(self, args, kwargs)
+            forwards = self.__dict__.get(_KEPT)
+            # None in what its own methods make of its class: a part of an nn.Sequential, say.
+            found = None if forwards is None else forwards.choose(self, args, kwargs)
             if found is None:
                 return cls.forward(self, *args, **kwargs)
             function, args = found
@@ -287,5 +290,6 @@ def put_back(module: nn.Module) -> None:
     if isinstance(module, _ReplacedLayer):
         for name in ("activation", "statistics", "guard"):
             delattr(module, name)
+    original: Any = module._original
     del module.__dict__[_KEPT]
-    module.__class__ = module._original
+    module.__class__ = original

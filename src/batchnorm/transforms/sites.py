@@ -72,8 +72,8 @@ def add_and_activate(
     if _fits(x, residual):
         return layer(x, residual, activation=activation)  # type: ignore[no-any-return]
     y: Tensor = layer(x)
-    y = operator.iadd(y, residual) if in_place else y + residual
-    return y if activation is None else getattr(F, activation)(y)  # type: ignore[no-any-return]
+    y = y.add_(residual) if in_place else y + residual
+    return y if activation is None else getattr(F, activation)(y)
 
 
 def _fits(x: Tensor, residual: Any) -> bool:
@@ -296,7 +296,7 @@ class _Finder:
         if called is not None:
             return None if has_hooks(called) else activation_of(called)
         table = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
-        name = table.get(node.target)  # type: ignore[call-overload]
+        name = table.get(node.target)
         options = [*node.args[1:2], *node.kwargs.values()]
         if name == "leaky_relu":
             slope = node.kwargs.get("negative_slope", (*node.args[1:2], LEAKY_SLOPE)[0])
@@ -427,7 +427,7 @@ def _is_identity(module: nn.Module | None) -> bool:
 
 def _arguments(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)  # type: ignore[arg-type]
+    fx.map_arg((node.args, node.kwargs), found.append)
     return found
 
 

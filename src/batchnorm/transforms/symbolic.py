@@ -135,8 +135,8 @@ def trace_forward(
 class _Value(fx.Proxy):
     """A proxy that answers ``isinstance`` as the value would."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         tracer = self.tracer
         assert type(tracer) is _Tracer
         return tracer.kind_of(self.node)
