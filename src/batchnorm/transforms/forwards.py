@@ -110,7 +110,7 @@ def _reads_the_same(module: nn.Module, read: Read) -> bool:
     if owner is None:
         return False
     if read.name == "_modules":
-        return tuple(owner._modules) == read.value
+        return bool(tuple(owner._modules) == read.value)
     found = getattr(owner, read.name, _MISSING)
     return type(found) is type(read.value) and bool(found == read.value)
 
@@ -240,9 +240,13 @@ def _new(kind: type[_Replaced], cls: type[nn.Module], *args: Any) -> nn.Module:
     return module
 
 
-@functools.cache
-def _subclass(kind: Hashable, original: Hashable) -> Any:
-    cls: Any = original
+_subclasses: dict[tuple[type, type], Any] = {}
+
+
+def _subclass(kind: type[_Replaced], cls: Any) -> Any:
+    """Return the class of both, always the same one."""
+    if (kind, cls) in _subclasses:
+        return _subclasses[kind, cls]
     bases: tuple[Any, ...] = (kind, cls)
     names: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_original": cls}
     if kind is _ReplacedLayer:
@@ -262,7 +266,7 @@ def _subclass(kind: Hashable, original: Hashable) -> Any:
             return function(self, *args)
 
         names["forward"] = forward
-    return type(cls.__name__, bases, names)
+    return _subclasses.setdefault((kind, cls), type(cls.__name__, bases, names))
 
 
 def replace_forward(module: nn.Module, forwards: Forwards) -> None:
