@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any

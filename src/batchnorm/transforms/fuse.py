@@ -24,7 +24,8 @@ from batchnorm.transforms.forwards import (
 )
 from batchnorm.transforms.layers import batch_norms
 from batchnorm.transforms.observed import compare, observe
-from batchnorm.transforms.sites import ACTIVATION_MODULES, activation_of, find
+from batchnorm.transforms.sites import find
+from batchnorm.transforms.takeable import ACTIVATION_MODULES, activation_of
 
 __all__ = ["Fusing", "fuse", "unfuse"]
 

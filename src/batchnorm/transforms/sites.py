@@ -7,14 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.functional import ACTIVATIONS
 from batchnorm.nn import batchnorm as ours
-from batchnorm.ops.reference import LEAKY_SLOPE
 from batchnorm.transforms.dataflow import LINEAR_TYPES
 from batchnorm.transforms.forwards import Forward, Forwards, ItsLayer, Plain, has_hooks
 from batchnorm.transforms.symbolic import (
@@ -25,64 +21,17 @@ from batchnorm.transforms.symbolic import (
     path_to,
     trace_forward,
 )
+from batchnorm.transforms.takeable import (
+    ACTIVATION_MODULES,
+    activation_of,
+    activation_of_function,
+    add_and_activate,
+    adds_in_place,
+    fits,
+    is_sum,
+)
 
-__all__ = ["ACTIVATION_MODULES", "Owner", "Variant", "activation_of", "add_and_activate", "find"]
-
-ACTIVATION_MODULES: dict[type[nn.Module], tuple[str, dict[str, Any]]] = {
-    nn.ReLU: ("relu", {}),
-    nn.ReLU6: ("relu6", {}),
-    nn.LeakyReLU: ("leaky_relu", {"negative_slope": LEAKY_SLOPE}),
-    nn.SiLU: ("silu", {}),
-    nn.GELU: ("gelu", {"approximate": "none"}),
-    nn.Hardswish: ("hardswish", {}),
-}
-"""The module of each activation that the layer has, with the options that it needs to have."""
-
-_FUNCTIONS = {
-    getattr(place, form): name
-    for name in ACTIVATIONS
-    for form in (name, f"{name}_")
-    for place in (torch, F, Tensor, torch._C._nn)
-    if hasattr(place, form)
-}
-_METHODS = {form: name for name in ACTIVATIONS for form in (name, f"{name}_")}
-_SUMS = {
-    ("call_function", operator.add): False,
-    ("call_function", operator.iadd): True,
-    ("call_function", torch.add): False,
-    ("call_function", Tensor.add): False,
-    ("call_function", Tensor.add_): True,
-    ("call_method", "add"): False,
-    ("call_method", "add_"): True,
-}
-"""Whether a sum is written where its first operand is."""
-
-
-def activation_of(module: nn.Module) -> str | None:
-    """Return which activation of the layer's a module is, if any."""
-    name, options = ACTIVATION_MODULES.get(type(module), (None, {}))
-    same = all(getattr(module, option) == value for option, value in options.items())
-    return name if same else None
-
-
-def add_and_activate(
-    layer: ours._BatchNorm, x: Tensor, residual: Any, activation: str | None, in_place: bool
-) -> Tensor:
-    """Return act(layer(x) + residual): in one pass, if the residual is of the shape of x."""
-    if _fits(x, residual):
-        return layer(x, residual, activation=activation)  # type: ignore[no-any-return]
-    y: Tensor = layer(x)
-    y = y.add_(residual) if in_place else y + residual
-    return y if activation is None else getattr(F, activation)(y)
-
-
-def _fits(x: Tensor, residual: Any) -> bool:
-    return (
-        isinstance(residual, Tensor)
-        and residual.shape == x.shape
-        and residual.dtype == x.dtype
-        and residual.device == x.device
-    )
+__all__ = ["Owner", "Site", "Variant", "find"]
 
 
 @dataclass
@@ -124,7 +73,7 @@ class Variant:
             return function(*args)
 
         def add(layer: Any, x: Tensor, residual: Any, *options: Any) -> Tensor:
-            seen[layer] = seen.get(layer, True) and _fits(x, residual)
+            seen[layer] = seen.get(layer, True) and fits(x, residual)
             return add_and_activate(layer, x, residual, *options)
 
         kept = {name: value for name, value in names.items() if value is add_and_activate}
@@ -246,7 +195,7 @@ class _Finder:
                 found.left[last] = f"its output is what {self.names[taker]} adds"
                 continue
             into = self._called(owner, user)
-            if self._activation(owner, user) or _key(user) in _SUMS:
+            if self._activation(owner, user) or is_sum(user):
                 pieces = {module} - {last}
             elif self._starts(into):
                 assert into is not None
@@ -295,15 +244,7 @@ class _Finder:
         called = self._called(owner, node)
         if called is not None:
             return None if has_hooks(called) else activation_of(called)
-        table = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
-        name = table.get(node.target)
-        options = [*node.args[1:2], *node.kwargs.values()]
-        if name == "leaky_relu":
-            slope = node.kwargs.get("negative_slope", (*node.args[1:2], LEAKY_SLOPE)[0])
-            return name if slope == LEAKY_SLOPE else None
-        if name == "gelu":
-            return name if all(option == "none" for option in options) else None
-        return name
+        return activation_of_function(node)
 
     def _site(
         self, owner: nn.Module, norm: fx.Node, layer: nn.Module, claimed: dict[fx.Node, nn.Module]
@@ -315,7 +256,7 @@ class _Finder:
         user = self._after_identities(owner, norm, passed)
         if isinstance(user, str):
             return user
-        if _key(user) in _SUMS:
+        if is_sum(user):
             if user in claimed:
                 return f"its output is what {self.names[claimed[user]]} adds"
             last = (passed or [norm])[-1]
@@ -347,7 +288,7 @@ class _Finder:
         residual = total.args[1] if total.args[0] is value else total.args[0]
         if not isinstance(residual, fx.Node):
             return f"its output goes to {where}, which adds a number"
-        if _SUMS[_key(total)] and total.args[0] is not value:
+        if adds_in_place(total) and total.args[0] is not value:
             fresh = isinstance(self._called(owner, residual), (*LINEAR_TYPES, _BatchNorm))
             if not fresh or len(residual.users) > 1:
                 return f"its output goes to {where}, which changes a value in place"
@@ -413,10 +354,6 @@ class _Finder:
         return f"{name}(..., {options})" if options else str(name)
 
 
-def _key(node: fx.Node) -> tuple[str, Any]:
-    return node.op, node.target
-
-
 def _has_forward_of_its_own(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.")
 
@@ -449,7 +386,7 @@ def _rewrite(graph: fx.Graph, site: Site) -> None:
         with graph.inserting_before(site.norm):
             new = graph.call_module(site.norm.target, (x,), {"activation": site.activation})  # type: ignore[arg-type]
     else:
-        in_place = _SUMS[_key(site.sum)]
+        in_place = adds_in_place(site.sum)
         with graph.inserting_before(site.sum):
             layer = graph.get_attr(site.norm.target)  # type: ignore[arg-type]
             new = graph.call_function(
