@@ -414,11 +414,13 @@ def test_what_is_left(name):
         assert_left(model, X, reason=reason)
 
 
-def test_an_input_that_changes_before_the_sum():
+@pytest.mark.parametrize("view", [False, True])
+def test_an_input_that_changes_before_the_sum(view):
     def forward(m, x):
         z = x * 2
         y = m.bn(z)
-        return y + z.relu_()
+        r = z.view(-1).relu_().view_as(z) if view else z.relu_()
+        return y + r
 
     model = trained(Written(forward)).eval()
     expected = model(X)

@@ -288,12 +288,13 @@ class _Finder:
         residual = total.args[1] if total.args[0] is value else total.args[0]
         if not isinstance(residual, fx.Node):
             return f"its output goes to {where}, which adds a number"
-        if adds_in_place(total) and total.args[0] is not value:
-            fresh = isinstance(self._called(owner, residual), (*LINEAR_TYPES, _BatchNorm))
-            if not fresh or len(residual.users) > 1:
-                return f"its output goes to {where}, which changes a value in place"
+        alone = self._is_fresh(owner, residual) and len(residual.users) == 1
+        if adds_in_place(total) and total.args[0] is not value and not alone:
+            return f"its output goes to {where}, which changes a value in place"
         layer = self._called(owner, norm)
-        values = self._same_storage(owner, norm.args[0])
+        x = norm.args[0]
+        assert isinstance(x, fx.Node)
+        values = self._same_storage(owner, x)
         node = norm.next
         while node is not total:
             module = self._called(owner, node)
@@ -307,17 +308,24 @@ class _Finder:
             node = node.next
         return ""
 
-    def _same_storage(self, owner: nn.Module, value: Any) -> set[fx.Node]:
-        """Return the values that may be a tensor, or a view of it."""
+    def _same_storage(self, owner: nn.Module, value: fx.Node) -> set[fx.Node]:
+        """Return the values that may be a tensor, what it is a view of, or a view of either."""
         values: set[fx.Node] = set()
         waiting = [value]
         while waiting:
             node = waiting.pop()
-            if isinstance(node, fx.Node) and node not in values:
+            if node not in values:
                 values.add(node)
-                if not isinstance(self._called(owner, node), (*LINEAR_TYPES, _BatchNorm)):
+                if not self._is_fresh(owner, node):
                     waiting += node.all_input_nodes
+        for node in value.graph.nodes:
+            if values & set(node.all_input_nodes) and not self._is_fresh(owner, node):
+                values.add(node)
         return values
+
+    def _is_fresh(self, owner: nn.Module, node: fx.Node) -> bool:
+        """Tell whether a value shares its memory with no other."""
+        return isinstance(self._called(owner, node), (*LINEAR_TYPES, _BatchNorm))
 
     def _may_write(self, module: nn.Module | None, node: fx.Node) -> bool:
         if module is not None:
