@@ -69,14 +69,16 @@ def fuse(model: nn.Module, *example: Any, **named: Any) -> Fusing:
     ``torch.fx``, so that a network that cannot be traced as a whole is fused block by block, and
     through the borders of modules where a place spans them. The activation may be a module,
     shared or not, or a function, in place or not; the sum any that has two operands. Of two batch
-    norms that are added the one that runs last takes the sum, since it can do so without waiting.
+    norms that are added the one that is called beside the sum takes it, and of two such the one
+    that runs last, since it can do so without waiting.
 
     Modules, parameters and names stay; the module whose forward has the place computes by
     another, as long as all that the tracing depended on holds: the arguments that were given,
     the attributes that were read (flags, children, the mode), and that what is skipped is what it
     was and has no hook. Else its own forward runs, whose layers are as they were. So hooks that
-    are added later see what they always saw, and no change of the network goes unnoticed. Copies
-    and pickles are fused, too. :func:`unfuse` undoes it.
+    are added later see what they always saw, and a changed network computes what it says. Only
+    the globals that a forward reads count as they were, and what it prints is lost. Copies and
+    pickles are fused, too. :func:`unfuse` undoes it.
 
     With an example the network, its batch norms ours already, is run before and after, in
     evaluation and in training, in float64 where it can be. Outputs, gradients and running
