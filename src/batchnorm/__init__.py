@@ -27,6 +27,7 @@ __all__ = [
     "freeze",
     "frozen",
     "functional",
+    "fuse",
     "import_statistics",
     "nn",
     "parameter_groups",
@@ -35,6 +36,7 @@ __all__ = [
     "strip_bias",
     "synchronize",
     "unfreeze",
+    "unfuse",
     "zero_gamma",
 ]
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from batchnorm.transforms.convert import convert, revert
     from batchnorm.transforms.fold import fold
     from batchnorm.transforms.freeze import freeze, frozen, unfreeze
+    from batchnorm.transforms.fuse import fuse, unfuse
     from batchnorm.transforms.import_statistics import import_statistics
     from batchnorm.transforms.parameter_groups import parameter_groups
     from batchnorm.transforms.recalibrate import recalibrate
@@ -77,6 +80,7 @@ _HOMES = {
     "fold": "transforms.fold",
     "freeze": "transforms.freeze",
     "frozen": "transforms.freeze",
+    "fuse": "transforms.fuse",
     "import_statistics": "transforms.import_statistics",
     "parameter_groups": "transforms.parameter_groups",
     "recalibrate": "transforms.recalibrate",
@@ -84,6 +88,7 @@ _HOMES = {
     "strip_bias": "transforms.strip_bias",
     "synchronize": "transforms.synchronize",
     "unfreeze": "transforms.freeze",
+    "unfuse": "transforms.fuse",
     "zero_gamma": "transforms.zero_gamma",
 }
 _SUBMODULES = ("functional", "nn")
