@@ -315,7 +315,7 @@ def _own(settings: CellSettings, task: Task) -> Arm:
                 f"{copied} parameters start as in the network with norm='none'"
             )
         elif _has_batch_norm(model):
-            changes = [] if norm == "batch" else replace(model, norm, example)
+            changes = [] if norm == "batch" else replace(model, norm, example).changes
         else:
             changes = [] if norm == "none" else insert(model, norm, example)
     except ValueError as error:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.nn import batchnorm as ours
 from batchnorm.transforms.calls import (
     Calls,
     behind,
@@ -26,20 +23,10 @@ from batchnorm.transforms.calls import (
 )
 from batchnorm.transforms.dataflow import preserved
 from batchnorm.transforms.layers import batch_norms
+from batchnorm.transforms.tail import tail
 
 __all__ = ["Folding", "fold"]
 
-_PLAIN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
-_OURS = {ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d}
-_ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {
-    None: nn.Identity,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "hardswish": nn.Hardswish,
-}
 _BEFORE = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 
 
@@ -170,7 +157,7 @@ def _follow(
 ) -> Calls:
     def examine(layer: _BatchNorm, x: Tensor, y: Tensor) -> None:
         if layer not in tails or tails[layer] is not None:
-            tails[layer] = _tail(layer, x, y)
+            tails[layer] = tail(layer, x, y)
 
     return follow(model, example, named, _sample, examine)
 
@@ -179,26 +166,6 @@ def _sample(values: Tensor) -> Tensor:
     """Return some thousand values, of any channel and position."""
     step = values.numel() // 4096 | 1  # odd, against the powers of 2 that shapes are made of
     return values.detach().flatten()[::step].clone()
-
-
-def _tail(layer: _BatchNorm, x: Tensor, y: Tensor) -> nn.Module | None:
-    """Return what a layer does after normalising, or None if that cannot be said."""
-    if type(layer) in _PLAIN:
-        return nn.Identity()
-    if type(layer) in _OURS:
-        return _ACTIVATIONS[layer.activation]()  # type: ignore[index]
-    if layer.running_mean is None or layer.training:
-        return None
-    tail = nn.Sequential(*layer.children()).eval() if len(layer._modules) else nn.Identity()
-    plain = F.batch_norm(
-        *(x, layer.running_mean, layer.running_var, layer.weight, layer.bias), eps=layer.eps
-    )
-    guess = tail(plain)
-    near = tolerance(x)
-    same = guess.shape == y.shape and torch.allclose(
-        guess, y, rtol=0, atol=near * float(y.abs().max())
-    )
-    return tail if same else None
 
 
 def _find(
@@ -212,26 +179,26 @@ def _find(
     plans, left = [], {}
     for name, layer in layers.items():
         reason = refused.get(name) or _unsuitable(layer, calls)
-        tail = tails.get(layer)
-        if not reason and tail is None:
+        after = tails.get(layer)
+        if not reason and after is None:
             reason = f"is a {type(layer).__name__}, which does more than normalise"
         if reason:
             left[name] = reason
             continue
-        assert tail is not None
+        assert after is not None
         into = behind(layer, names, calls)
         if not isinstance(into, str):
-            plans.append(_Plan(layer, into, tail, None))
+            plans.append(_Plan(layer, into, after, None))
             continue
         front = (
             _in_front(layer, names, calls)
-            if isinstance(tail, nn.Identity)
+            if isinstance(after, nn.Identity)
             else "its activation stands before what takes its output"
         )
         if isinstance(front, str):
             left[name] = f"{into}; {front}"
         else:
-            plans.append(_Plan(layer, list(front), tail, front))
+            plans.append(_Plan(layer, list(front), after, front))
     return plans, left
 
 
