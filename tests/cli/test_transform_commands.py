@@ -223,7 +223,9 @@ def test_an_interrupt_leaves_nothing(
 def test_a_program_of_ours_needs_the_import(tmp_path: Path, inside: Inside) -> None:
     out = tmp_path / "ours.pt2"
     assert inside("convert", NET, "--shape", "1,8,8", "--out", str(out))[0] == 0
-    load = f"import torch; print(torch.export.load({str(out)!r}).module()(torch.ones(2,1,8,8)).shape)"
+    load = (
+        f"import torch; print(torch.export.load({str(out)!r}).module()(torch.ones(2,1,8,8)).shape)"
+    )
     ours = "import batchnorm.nn; " + load
     result = subprocess.run([sys.executable, "-c", ours], capture_output=True, text=True)
     assert result.stdout == "torch.Size([2, 10])\n", result.stderr

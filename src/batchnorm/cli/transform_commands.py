@@ -220,7 +220,8 @@ def fold(
     ----------
     model
         module:callable that makes the network.
-    example
+
+    Example:
         What to verify the result on.
     options
         Weights in, files out.
@@ -273,7 +274,8 @@ def convert(
         module:callable that makes the network.
     to
         Whose layers: batchnorm or torch.
-    example
+
+    Example:
         What to compare the outputs on.
     options
         Weights in, files out.
@@ -375,7 +377,9 @@ def recalibrate(
     found: dict[str, dict[str, Any]] = {}
     rows: dict[str, tuple[str, ...]] = {}
     for name, values in report.values.items():
-        mean, var = (new - old for new, old in zip(_moments(layers[name]), before[name], strict=True))
+        mean, var = (
+            new - old for new, old in zip(_moments(layers[name]), before[name], strict=True)
+        )
         old_var = before[name][1]
         moved = float((mean.abs() / (old_var + layers[name].eps).sqrt()).max())
         ratio = (var + old_var + layers[name].eps) / (old_var + layers[name].eps)

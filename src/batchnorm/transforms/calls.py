@@ -142,7 +142,7 @@ class _Follower(TorchFunctionMode):
         super().__init__()
         self.owners = owners
         self.names = names
-        self.of_example = WeakIdKeyDictionary({tensor: None for tensor in example})
+        self.of_example = WeakIdKeyDictionary(dict.fromkeys(example))
         self.values: dict[int, _Value] = {}
         self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self.inside: list[tuple[Call, list[Any]]] = []  # tracked modules that run, their functions

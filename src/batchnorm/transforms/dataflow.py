@@ -138,7 +138,7 @@ class preserved:
 
 
 def trace(model: nn.Module, *example: Any, **named: Any) -> list[Flow]:
-    """Run ``model(*example, **named)`` in evaluation mode and say where each linear operation leads.
+    """Run the network on an example in evaluation mode; say where each linear operation leads.
 
     Returns one entry for each convolution and fully connected layer that ran, in the order of
     their first call. The model is left as it was.

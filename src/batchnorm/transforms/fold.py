@@ -142,7 +142,8 @@ def fold(model: nn.Module, *example: Any, **named: Any) -> Folding:
                 raise ValueError(
                     f"the folded network's output differs by {largest:.1g} (largest value "
                     f"{scale:.1g}) though no layer's does: it uses its layers otherwise than by "
-                    "calling them, or is not the same from run to run"
+                    "calling them, is not the same from run to run, or lets rounding grow (fold "
+                    "model.double() then, and turn it back)"
                 )
             undo.pop_all()
             folded = {names[p.layer]: tuple(names[m] for m in p.into) for p in plans}

@@ -20,7 +20,9 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no batch norm")
+        others = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
+        instead = f"; it has {', '.join(others)}, which keep no statistics" if others else ""
+        raise ValueError(f"{type(model).__name__} has no batch norm{instead}: nothing to do")
     for name, layer in layers.items():
         if any(map(is_lazy, (*layer.parameters(), *layer.buffers()))):
             raise ValueError(

@@ -197,7 +197,9 @@ def _make(
             old.detach().clone(), requires_grad=old.requires_grad
         )  # fmt: skip
     made.train(layer.training)
-    return made if isinstance(then, nn.Identity) else nn.Sequential(made, then.train(layer.training))
+    return (
+        made if isinstance(then, nn.Identity) else nn.Sequential(made, then.train(layer.training))
+    )
 
 
 def _bias(linear: nn.Module, layer: nn.Module) -> nn.Parameter:
