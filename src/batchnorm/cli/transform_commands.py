@@ -372,7 +372,11 @@ def recalibrate(
     _run(network, x[parts[0]], model)
     with _refusals(), Bar("recalibrate", "batches", quiet=options.quiet) as bar:
         layers = batch_norms(network)
-        before = {name: _moments(layer) for name, layer in layers.items()}
+        before = {
+            name: _moments(layer)
+            for name, layer in layers.items()
+            if layer.running_mean is not None
+        }
         report = measure(network, _Batches(x, parts), method=method, progress=bar)
     found: dict[str, dict[str, Any]] = {}
     rows: dict[str, tuple[str, ...]] = {}
@@ -421,7 +425,5 @@ class _Batches:
         return (self._x[part] for part in self._parts)
 
 
-def _moments(layer: Any) -> tuple[Tensor, Tensor] | tuple[()]:
-    if layer.running_mean is None:
-        return ()
+def _moments(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.running_mean.double().clone(), layer.running_var.double().clone()

@@ -45,6 +45,9 @@ class Folding:
     """By how much the output of the network changed on the example, at most, absolutely."""
 
 
+_Place = tuple[nn.Module, str]  # a parent and the name of its child
+
+
 @dataclass
 class _Plan:
     """A batch norm, what it goes into, and what stays in its place."""
@@ -114,6 +117,11 @@ def fold(model: nn.Module, *example: Any, **named: Any) -> Folding:
             "folded; call model.eval() first, and train no further after folding"
         )
     names = {module: name for name, module in model.named_modules()}
+    places: dict[nn.Module, list[_Place]] = {layer: [] for layer in layers.values()}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module in places:
+                places[module].append((parent, child))
     refused: dict[str, str] = {}
     while True:
         with ExitStack() as undo:
@@ -122,7 +130,7 @@ def fold(model: nn.Module, *example: Any, **named: Any) -> Folding:
             plans: list[_Plan] = []
             while found := _find(layers, names, calls, tails, refused)[0]:
                 for plan in found:
-                    _apply(model, plan, undo)
+                    _apply(plan, places, undo)
                 plans += found
                 calls = _follow(model, example, named, tails)  # what folds now that these did
             left = _find(layers, names, calls, tails, refused)[1]
@@ -260,7 +268,7 @@ def _pads(module: nn.Module) -> str:
     return ""
 
 
-def _apply(model: nn.Module, plan: _Plan, undo: ExitStack) -> None:
+def _apply(plan: _Plan, places: dict[nn.Module, list[_Place]], undo: ExitStack) -> None:
     layer = plan.layer
     assert layer.running_mean is not None
     assert layer.running_var is not None
@@ -292,11 +300,9 @@ def _apply(model: nn.Module, plan: _Plan, undo: ExitStack) -> None:
                 module._parameters[name] = nn.Parameter(
                     value.to(weight.dtype), requires_grad=weight.requires_grad
                 )
-    for parent in model.modules():
-        for child, found in parent._modules.items():
-            if found is layer:
-                undo.callback(parent._modules.__setitem__, child, layer)
-                parent._modules[child] = plan.tail
+    for parent, child in places[layer]:
+        undo.callback(parent._modules.__setitem__, child, layer)
+        parent._modules[child] = plan.tail
 
 
 def _rows(weight: Tensor, values: Tensor) -> Tensor:

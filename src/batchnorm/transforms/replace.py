@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,10 +107,10 @@ def replace(model: nn.Module, norm: str, *example: Any, **named: Any) -> Replace
             if layer not in made:
                 continue
             parent._modules[child] = made[layer]
-            done._undo.append(lambda p=parent, c=child, m=layer: p._modules.__setitem__(c, m))
+            done._undo.append(partial(parent._modules.__setitem__, child, layer))
             change = f"{prefix}.{child}".lstrip(".") + f": {type(layer).__name__} replaced by {by}"
             for name, linear in biases.pop(layer, ()):
-                done._undo.append(lambda m=linear: m._parameters.__setitem__("bias", None))
+                done._undo.append(partial(linear._parameters.__setitem__, "bias", None))
                 linear._parameters["bias"] = _bias(linear, layer)
                 change += f", bias of {name} restored"
             done.changes.append(change)
@@ -117,6 +118,7 @@ def replace(model: nn.Module, norm: str, *example: Any, **named: Any) -> Replace
 
 
 def _to_replace(model: nn.Module, norm: str) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module]
     if norm == "batch":
         layers = {n: m for n, m in model.named_modules() if type(m) is nn.GroupNorm}
         if not layers:
@@ -125,7 +127,7 @@ def _to_replace(model: nn.Module, norm: str) -> dict[str, nn.Module]:
                 "replace() returned brings back what was there"
             )
     else:
-        layers = dict(batch_norms(model))
+        layers = {**batch_norms(model)}
     if "" in layers:
         raise ValueError(
             f"the network is itself the {type(model).__name__}, which can only be replaced inside "
