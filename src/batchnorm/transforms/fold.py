@@ -22,7 +22,7 @@ from batchnorm.transforms.calls import (
     tolerance,
 )
 from batchnorm.transforms.dataflow import preserved
-from batchnorm.transforms.layers import batch_norms
+from batchnorm.transforms.layers import batch_norms, statistics_finite
 from batchnorm.transforms.tail import tail
 
 __all__ = ["Folding", "fold"]
@@ -212,14 +212,13 @@ def _find(
 
 
 def _unsuitable(layer: _BatchNorm, calls: Calls) -> str:
-    mean, var = layer.running_mean, layer.running_var
     if layer not in calls.of:
         return "does not run on the example"
     if layer.training:
         return "is in training mode; call its eval()"
-    if mean is None or var is None:
+    if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics, so that it uses the batch"
-    if not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
+    if not statistics_finite(layer):
         return "has running statistics that are not finite or a negative variance; recalibrate it"
     return reserved(layer, calls)
 
