@@ -1,4 +1,4 @@
-"""Every verb on a network that it cannot handle: what, which layer, the way out; nothing changed."""
+"""Every verb on what it cannot handle: what, which layer, the way out; nothing changed."""
 
 import copy
 
