@@ -1,6 +1,7 @@
 """Real architectures: timm's, without weights, with statistics that are none of them trivial."""
 
-from functools import cache
+import importlib
+import sys
 from types import ModuleType
 
 import pytest
@@ -33,21 +34,27 @@ def timm() -> ModuleType:
     It imports torchvision, whose compiled part is built for PyPI's torch and does not load beside
     a CPU build of the same version. The rest only wants two of its operators to be defined.
     """
-    if not torch.cuda.is_available():
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in (
-            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        ):
-            name = schema.partition("(")[0]
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(schema)
-        _LIBRARIES.append(library)
     try:
+        _import_torchvision()
         import timm.optim
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"timm cannot be imported: {error}")
     return timm
+
+
+def _import_torchvision() -> None:
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        importlib.import_module("torchvision")
 
 
 def network(architecture: str, seed: int = 0) -> nn.Module:
