@@ -27,7 +27,6 @@ SIZE = 32
 _LIBRARIES = []
 
 
-@cache
 def timm() -> ModuleType:
     """Import timm, or skip with the reason.
 
