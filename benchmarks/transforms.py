@@ -93,7 +93,9 @@ def _biased(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.bias is None:
-            module.bias = nn.Parameter(torch.randn(module.out_channels, generator=generator))
+            # Small, as the running means know nothing of them.
+            bias = 0.01 * torch.randn(module.out_channels, generator=generator)
+            module.bias = nn.Parameter(bias)
     return model
 
 
