@@ -168,7 +168,7 @@ def info(*, json: Annotated[bool, Parameter(negative="")] = False) -> int:
     from batchnorm.ops import kernels
 
     extras: dict[str, Any] = {}
-    for package in ("scikit-learn", "mlxtend", "datasets", "pyarrow", "matplotlib"):
+    for package in ("scikit-learn", "mlxtend", "datasets", "pyarrow", "matplotlib", "safetensors"):
         try:
             extras[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
