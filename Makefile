@@ -30,7 +30,9 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 
 # Timings: best on a machine that does nothing else.
 bench: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.resnet
 
 # The fuzz test of the CPU kernels under the address and undefined-behaviour sanitizers.

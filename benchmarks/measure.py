@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,7 +66,6 @@ def streaming_rate(size: int) -> float:
 
 def llc_bytes() -> int:
     """The size of the last-level cache, 0 where the system does not say."""
-    import os
-
-    sizes = [os.sysconf(n) for n in ("SC_LEVEL3_CACHE_SIZE",) if n in os.sysconf_names]
-    return max([0, *sizes])
+    # sysconf adds up the caches of sockets that a virtual machine does not have.
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=0)

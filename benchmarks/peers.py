@@ -96,9 +96,7 @@ def compiled(case: Case, inputs: Inputs) -> Call:
 
 def onednn(case: Case, inputs: Inputs) -> Call | None:
     """oneDNN through torch's mkldnn layout; the conversions are not counted."""
-    if inputs.x.dim() != 4 or case.layout != "contiguous":
-        return None
-    if case.type != "float32" or case.mode == "forward_backward":
+    if inputs.x.dim() != 4 or case.type != "float32" or case.mode == "forward_backward":
         return None
     x = inputs.x.to_mkldnn()
     residual = None if inputs.residual is None else inputs.residual.to_mkldnn()

@@ -28,7 +28,8 @@ constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a
 constexpr int64_t stage_bytes = 8192;       // a finished piece, in L1 until streamed
 constexpr int64_t stream_bytes = 12 << 20;  // larger outputs, with their inputs, outgrow a cache of 32 MB
 constexpr int64_t serial_elements = 32768;  // below, waking threads costs more than the work
-constexpr int64_t tile_columns = 512;
+constexpr int64_t tile_columns = 1024;      // of a row, so many at a time: coefficients stay in L1
+constexpr int64_t joined_columns = 512;     // short rows are taken together up to this width
 constexpr int64_t group_channels = 16;      // planes: neighbours that are visited together
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -406,7 +407,7 @@ struct Columns {
       const int64_t repeat =
           gate && s.c % 8
               ? 1
-              : std::max<int64_t>(1, std::min(s.n / 256, tile_columns / s.c));
+              : std::max<int64_t>(1, std::min(s.n / 256, joined_columns / s.c));
       span = 1;
       width = s.c * repeat;
       rows = s.n / repeat;
