@@ -145,9 +145,7 @@ class Within:
     def decide(self, effects: Sequence[float]) -> Decision:
         """Apply the rule of this module's docstring."""
         return (
-            "holds"
-            if all(abs(effect) <= self.tolerance for effect in effects)
-            else "does not hold"
+            "holds" if all(abs(effect) <= self.tolerance for effect in effects) else "does not hold"
         )
 
 

@@ -115,9 +115,7 @@ class CellRun:
 
         def manifest(state: str, step: int) -> None:
             seconds = {"train": spent + time.monotonic() - began}
-            write_manifest(
-                self.folder, self.settings, state, step, seconds, layers=list(layers)
-            )
+            write_manifest(self.folder, self.settings, state, step, seconds, layers=list(layers))
 
         def checkpoint(step: int) -> None:
             save_checkpoint(

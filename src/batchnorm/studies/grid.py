@@ -341,7 +341,12 @@ def run_jobs(
         stop_file = out.resolve() / _STOP
         parent = os.getpid() if cluster is None else None
         calls = [
-            (Job(job.run, job.settings, job.folder.resolve()), stop_file, parent, checkpoint_seconds)
+            (
+                Job(job.run, job.settings, job.folder.resolve()),
+                stop_file,
+                parent,
+                checkpoint_seconds,
+            )
             for job in left
         ]
         if cluster is None:

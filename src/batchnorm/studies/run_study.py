@@ -12,12 +12,28 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from batchnorm.records import CELLS, ENDED, FORMAT, MANIFEST, STUDY, Run, cell_hash, read_json, write_json
+from batchnorm.records import (
+    CELLS,
+    ENDED,
+    FORMAT,
+    MANIFEST,
+    STUDY,
+    Run,
+    cell_hash,
+    read_json,
+    write_json,
+)
 from batchnorm.studies.callables import is_callable_name, source_hash
 from batchnorm.studies.cell_run import CellRun, InterruptedCellError
 from batchnorm.studies.folder import check_ours, claimed, state_of
 from batchnorm.studies.grid import Job, Listener, check_cluster, run_jobs
-from batchnorm.studies.settings import CellBase, CellSettings, SettingsError, StudySettings, problems
+from batchnorm.studies.settings import (
+    CellBase,
+    CellSettings,
+    SettingsError,
+    StudySettings,
+    problems,
+)
 from batchnorm.studies.study import Study
 from batchnorm.studies.unknown import unknown
 
@@ -180,23 +196,23 @@ def estimate(plan: Plan, workers: int) -> float:
 
 def _trial(job: Job) -> float:
     """Seconds a unit of one cell, tried for a moment."""
-    reached = 0
+    times: list[tuple[float, int]] = []
 
     def progress(units: int) -> None:
-        nonlocal reached
-        reached = units
+        times.append((time.monotonic(), units))
 
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         at = CellRun(
             job.settings,
             Path(folder),
-            stop=lambda: time.monotonic() - began > _TRIAL_SECONDS,
+            # What comes before the first step, such as loading the data, is done once a process.
+            stop=lambda: bool(times) and time.monotonic() - times[0][0] > _TRIAL_SECONDS,
             progress=progress,
         )
         try:
             job.run(job.settings, at)
-            reached = job.settings.units
         except InterruptedCellError:
-            pass
-    return (time.monotonic() - began) / max(reached, 1)
+            (first, start), (last, end) = times[0], times[-1]
+            return (last - first) / max(end - start, 1)
+    return (time.monotonic() - began) / job.settings.units

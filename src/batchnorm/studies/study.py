@@ -21,7 +21,7 @@ from batchnorm.studies.settings import (
 )
 from batchnorm.verdicts import Claim, Verdict, judge
 
-__all__ = ["Study", "TrainingStudySettings", "training_cells", "train"]
+__all__ = ["Study", "TrainingStudySettings", "train", "training_cells"]
 
 
 class TrainingStudySettings(TrainingSettings, StudySettings):

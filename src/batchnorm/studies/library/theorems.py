@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from batchnorm.records import Cell, Record, Run
+from batchnorm.report.grid import Vector
 from batchnorm.report.papers import P2
 from batchnorm.report.spec import Axis, Chart, Line, Panel, fit
 from batchnorm.studies.cell_run import CellRun
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 EXACT = 1e-9
 """Relative, float64: an equality of sums of some hundred products, second derivatives included."""
 
-_NETWORKS = ("random", "trained")
+Network = Literal["random", "trained"]
+_NETWORKS: tuple[Network, ...] = ("random", "trained")
 _WIDTH, _INPUTS, _CLASSES = 8, 20, 5
 
 
@@ -42,7 +44,7 @@ class Settings(StudySettings):
 class TheoremCell(CellBase):
     """One network, random in each trial or trained from one trial to the next."""
 
-    network: Literal["random", "trained"]
+    network: Network
     trials: int
     batch: int
     steps: int
@@ -181,19 +183,19 @@ def run(cell: TheoremCell, at: CellRun) -> None:
             at.write(Record(trial, "", quantity, v, j) for j, v in enumerate(values.tolist()))
 
 
-def _table(cell: Cell, quantity: str) -> np.ndarray:
+def _table(cell: Cell, quantity: str) -> Vector:
     """Values by trial and unit."""
     return np.array(
         [list(cell.series(quantity, index=j).values()) for j in range(_WIDTH)], dtype=float
     ).T
 
 
-def _over_networks(run: Run, of: object) -> dict[int, float]:
+def _over_networks(run: Run, of: Callable[[Cell], float]) -> dict[int, float]:
     """The largest value that ``of`` takes from a cell, over both networks."""
     found: dict[int, float] = {}
     for network in _NETWORKS:
         for seed, cell in run.by_seed(network=network).items():
-            found[seed] = max(found.get(seed, 0.0), of(cell))  # type: ignore[operator]
+            found[seed] = max(found.get(seed, 0.0), of(cell))
     return found
 
 
