@@ -18,8 +18,9 @@ cannot tell at this     otherwise, with fewer than two seeds, where a seed has n
 scale                   effect, or where the claim names a reason why this scale cannot
 ======================  ============================================================
 
-:class:`Below` is the same with every sign turned. :class:`Within` is for identities and for
-deterministic calculations: the claim holds where |e_s| ≤ ``tolerance`` for every seed, and does
+An effect that is a ratio is judged by its logarithm, so that twice as much and half as much weigh
+the same: mean and interval are then geometric. :class:`Below` is the same with every sign turned.
+:class:`Within` is for identities and for deterministic calculations: the claim holds where |e_s| ≤ ``tolerance`` for every seed, and does
 not hold otherwise; one seed is enough.
 
 Nothing here needs torch or numpy.
@@ -97,8 +98,14 @@ def t_quantile(share: float, df: int) -> float:
     return high
 
 
-def interval(effects: Sequence[float]) -> Interval:
-    """The 95 % confidence interval of the mean; with a single effect it has no width known."""
+def interval(effects: Sequence[float], *, ratio: bool = False) -> Interval:
+    """The 95 % confidence interval of the mean; of a single effect its width is not known.
+
+    With ``ratio``, of the geometric mean of positive effects.
+    """
+    if ratio:
+        span = interval([math.log(effect) for effect in effects])
+        return Interval(math.exp(span.mean), math.exp(span.low), math.exp(span.high), span.seeds)
     mean, n = fmean(effects), len(effects)
     if n < 2:
         return Interval(mean, -math.inf, math.inf, n)
@@ -113,9 +120,10 @@ class Above:
     threshold: float
     null: float | None = None
 
-    def decide(self, effects: Sequence[float]) -> Decision:
+    def decide(self, effects: Sequence[float], *, ratio: bool = False) -> Decision:
         """Apply the rule of this module's docstring."""
-        span, null = interval(effects), self.threshold if self.null is None else self.null
+        span = interval(effects, ratio=ratio)
+        null = self.threshold if self.null is None else self.null
         if span.low > self.threshold:
             return "holds"
         if span.low > null:
@@ -130,10 +138,15 @@ class Below:
     threshold: float
     null: float | None = None
 
-    def decide(self, effects: Sequence[float]) -> Decision:
+    def decide(self, effects: Sequence[float], *, ratio: bool = False) -> Decision:
         """Apply the rule of this module's docstring."""
-        turned = Above(-self.threshold, None if self.null is None else -self.null)
-        return turned.decide([-effect for effect in effects])
+        span = interval(effects, ratio=ratio)
+        null = self.threshold if self.null is None else self.null
+        if span.high < self.threshold:
+            return "holds"
+        if span.high < null:
+            return "holds weakly"
+        return "does not hold" if span.low >= null else CANNOT_TELL
 
 
 @dataclass(frozen=True)
@@ -142,11 +155,10 @@ class Within:
 
     tolerance: float
 
-    def decide(self, effects: Sequence[float]) -> Decision:
+    def decide(self, effects: Sequence[float], *, ratio: bool = False) -> Decision:
         """Apply the rule of this module's docstring."""
-        return (
-            "holds" if all(abs(effect) <= self.tolerance for effect in effects) else "does not hold"
-        )
+        within = all(abs(effect) <= self.tolerance for effect in effects)
+        return "holds" if within else "does not hold"
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,7 @@ class Claim:
     out by :meth:`batchnorm.records.Run.by_seed`. ``effect`` says in words what the effect is.
     ``full_only`` is the reason why a scale other than ``full`` cannot decide the claim, where
     there is one. ``figures`` are ids of the charts that show it.
+    ``ratio``: the effect is a ratio; ``percent``: it is shown as a percentage.
     """
 
     id: str
@@ -170,6 +183,7 @@ class Claim:
     full_only: str = ""
     note: str = ""
     percent: bool = False
+    ratio: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,6 +197,7 @@ class Verdict:
     effect: str
     effects: dict[int, float]
     interval: Interval | None
+    """Of the mean; ``None`` for identities, which are judged by the largest effect."""
     verdict: Decision
     note: str
     figures: tuple[str, ...]
@@ -205,12 +220,15 @@ class Verdict:
     @property
     def measured(self) -> str:
         """The effect with its interval and the number of seeds."""
-        if self.interval is None:
+        if not self.effects:
             return "–"
-        show = _percent if self.percent else _number
-        span, n = self.interval, self.interval.seeds
-        where = f" [{show(span.low)}, {show(span.high)}]" if math.isfinite(span.low) else ""
-        return f"{show(span.mean)}{where}, {n} seed{'' if n == 1 else 's'}"
+        show, n = _percent if self.percent else _number, len(self.effects)
+        seeds = f"{n} seed{'' if n == 1 else 's'}"
+        if self.interval is None:
+            return f"at most {show(max(map(abs, self.effects.values())))}, {seeds}"
+        span = self.interval
+        where = f" [{show(span.low)}, {show(span.high)}]" if n > 1 else ""
+        return f"{show(span.mean)}{where}, {seeds}"
 
 
 def _number(value: float) -> str:
@@ -226,23 +244,24 @@ def judge(claim: Claim, run: Run) -> Verdict:
     notes = [claim.note] if claim.note else []
     effects: dict[int, float] = {}
     decision: Decision = CANNOT_TELL
+    reason = "Nothing that could decide it has been measured."
     try:
         effects = dict(sorted(claim.measure(run).items()))
     except CannotTellError as error:
-        notes.append(f"{error}.")
+        reason = f"{error}."
     values = list(effects.values())
     finite = all(map(math.isfinite, values))
-    if not values:
-        notes.append("Nothing that could decide it has been measured.")
+    if claim.full_only and run.study.get("scale") != "full":
+        notes.append(f"Needs --scale full: {claim.full_only}.")
+    elif not values:
+        notes.append(reason)
     elif not finite:
         lost = ", ".join(str(seed) for seed, v in effects.items() if not math.isfinite(v))
         notes.append(f"Not a finite number for seed {lost}.")
-    elif claim.full_only and run.study.get("scale") != "full":
-        notes.append(f"Needs --scale full: {claim.full_only}.")
     elif len(values) < 2 and not isinstance(claim.rule, Within):
         notes.append("One seed gives no interval.")
     else:
-        decision = claim.rule.decide(values)
+        decision = claim.rule.decide(values, ratio=claim.ratio)
     return Verdict(
         claim=claim.id,
         sentence=claim.sentence,
@@ -250,7 +269,11 @@ def judge(claim: Claim, run: Run) -> Verdict:
         reported=claim.reported,
         effect=claim.effect,
         effects=effects,
-        interval=interval(values) if values and finite else None,
+        interval=(
+            interval(values, ratio=claim.ratio)
+            if values and finite and not isinstance(claim.rule, Within)
+            else None
+        ),
         verdict=decision,
         note=" ".join(notes),
         figures=claim.figures,

@@ -59,10 +59,11 @@ def study_app() -> App:
 
 def _command_of(study: Study) -> Callable[..., int]:
     """The command of one study: its own settings beside the options that all have."""
+    unset = study.settings()
 
     def command(
         *,
-        settings: Any = study.settings(),
+        settings: Any = unset,
         scale: Scale = "quick",
         out: Path | None = None,
         jobs: Annotated[int | None, Parameter()] = None,

@@ -96,13 +96,9 @@ def _facts(parts: Sequence[Replication]) -> str:
     decided = [verdict.verdict for part in parts for verdict in part.verdicts]
     counts = [f"{decided.count(kind)} {_counted(kind)}" for kind in _KINDS if kind in decided]
     scales = list(dict.fromkeys(str(part.run.study["scale"]) for part in parts))
-    return " · ".join(
-        [
-            f"scale {join(scales)}",
-            plural(len(parts), "study").replace("studys", "studies"),
-            f"{plural(len(decided), 'claim')}: {', '.join(counts)}",
-        ]
-    )
+    studies = f"{len(parts)} {'study' if len(parts) == 1 else 'studies'}"
+    claims = f"{plural(len(decided), 'claim')}: {', '.join(counts)}"
+    return f"scale {join(scales)} · {studies} · {claims}"
 
 
 def _counted(kind: str) -> str:
@@ -132,7 +128,8 @@ def _verdicts(parts: Sequence[Replication]) -> str:
     return (
         '<section id="verdicts" aria-labelledby="verdicts-title">'
         '<h2 id="verdicts-title">Verdicts</h2>'
-        '<div class="wide" tabindex="0" role="region" aria-label="Verdicts"><table class="verdicts">'
+        '<div class="wide" tabindex="0" role="region" aria-label="Verdicts">'
+        '<table class="verdicts">'
         "<caption>Measured: mean over the seeds with its 95% confidence interval. A claim holds "
         "where the whole interval lies beyond what the paper's words demand, weakly where it lies "
         "beyond no effect, does not hold where it lies on the other side of no effect, and cannot "

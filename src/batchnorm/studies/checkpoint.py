@@ -1,4 +1,4 @@
-"""Checkpoints: where a cell goes on that was stopped, and how much of its records they stand for."""
+"""Checkpoints: where a cell goes on that was stopped, and what its records held by then."""
 
 from __future__ import annotations
 

@@ -115,6 +115,11 @@ def _compute(
     return True
 
 
+def _orphaned(parent: int | None) -> bool:
+    """Whether the process that asked for the work is gone."""
+    return parent is not None and os.getppid() != parent
+
+
 def _in_worker(
     job: Job, stop_file: Path, parent: int | None, checkpoint_seconds: float
 ) -> tuple[Path, bool, Exception | None]:
@@ -128,7 +133,7 @@ def _in_worker(
         nonlocal looked, asked
         if not asked and time.monotonic() - looked >= _LOOK_SECONDS:
             looked = time.monotonic()
-            asked = stop_file.exists() or (parent is not None and os.getppid() != parent)
+            asked = stop_file.exists() or _orphaned(parent)
         return asked
 
     def progress(units: int) -> None:
@@ -143,6 +148,8 @@ def _in_worker(
         return job.folder, False, error  # the other cells go on
     finally:
         (job.folder / _PROGRESS).unlink(missing_ok=True)
+        if _orphaned(parent):
+            os._exit(1)  # nobody waits for the result, or would send this process away
 
 
 class _Monitor:
@@ -210,7 +217,11 @@ def _processes(calls: Sequence[tuple[Any, ...]], workers: int) -> _Outcomes:
 
     with _interrupts_held():
         parallel = joblib.Parallel(
-            n_jobs=workers, backend="loky", batch_size=1, return_as="generator_unordered"
+            n_jobs=workers,
+            backend="loky",
+            batch_size=1,
+            return_as="generator_unordered",
+            idle_worker_timeout=30,  # a worker that is idle does not notice that it is orphaned
         )
         outcomes = parallel(joblib.delayed(_in_worker)(*call) for call in calls)
     try:

@@ -1,4 +1,4 @@
-"""[P1] Section 2: a bias before normalisation does nothing, unless its gradient is taken wrongly."""
+"""[P1] Section 2: a bias before normalisation, and the gradient that ignores the statistics."""
 
 from __future__ import annotations
 
@@ -259,6 +259,7 @@ STUDY = Study(
             effect="‖b‖ at the end, mean and variance ignored over the mean alone",
             measure=_ratio,
             rule=Above(1.0),
+            ratio=True,
             figures=("bias-norm",),
         ),
         Claim(
