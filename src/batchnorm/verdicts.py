@@ -20,8 +20,8 @@ scale                   effect, or where the claim names a reason why this scale
 
 An effect that is a ratio is judged by its logarithm, so that twice as much and half as much weigh
 the same: mean and interval are then geometric. :class:`Below` is the same with every sign turned.
-:class:`Within` is for identities and for deterministic calculations: the claim holds where |e_s| ≤ ``tolerance`` for every seed, and does
-not hold otherwise; one seed is enough.
+:class:`Within` is for identities and for deterministic calculations: the claim holds where
+|e_s| ≤ ``tolerance`` for every seed, and does not hold otherwise; one seed is enough.
 
 Nothing here needs torch or numpy.
 """
