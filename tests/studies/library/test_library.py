@@ -45,9 +45,9 @@ def test_listing_the_studies_needs_no_torch() -> None:
 
 
 def test_unknown_names_come_with_what_is_near(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="study='theorem' is unknown. Did you mean 'theorems'"):
+    with pytest.raises(SettingsError, match=r"'theorem' is unknown\. Did you mean 'theorems'"):
         load("theorem")
     with pytest.raises(SettingsError, match="scale='fast' is unknown"):
         settings_of(load("bias"), "fast", {})
-    with pytest.raises(SettingsError, match="stepz is not a setting. Did you mean 'steps'"):
+    with pytest.raises(SettingsError, match=r"stepz is not a setting\. Did you mean 'steps'"):
         settings_of(load("bias"), "quick", {"stepz": 3})

@@ -46,7 +46,7 @@ def test_distance_from_the_papers_curve() -> None:
 
 def test_full_scale_says_which_data_it_needs(tmp_path: Path) -> None:
     plan = plan_study(STUDY, settings_of(STUDY, "full", {}), tmp_path / "run", scale="full")
-    with pytest.raises(SettingsError, match="needs MNIST itself.*--task path/to/mnist"):
+    with pytest.raises(SettingsError, match=r"needs MNIST itself.*--task path/to/mnist"):
         run_studies([plan], tmp_path)
     assert not (tmp_path / "run").exists()
 
