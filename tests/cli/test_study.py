@@ -88,7 +88,7 @@ def test_a_settings_file_is_overruled(inside: Inside, tmp_path: Path) -> None:
         (("theorems", "--jobs", "0"), "jobs=0", 2),
         (("theorems", "--cluster", "slrum"), "cluster='slrum' is unknown", 2),
         (("mnist", "--scale", "full"), "needs MNIST itself", 2),
-        (("mnist", "--batch-size", "5000"), "batch_size=5000 is more than the 1437", 2),
+        (("mnist", "--batch-size", "5000"), "batch_size=5000 is more than the 1438", 2),
     ],
 )
 def test_bad_input(
