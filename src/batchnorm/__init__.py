@@ -18,20 +18,25 @@ __all__ = [
     "Lp",
     "Ramp",
     "Renorm",
+    "Sync",
     "adapt",
     "average",
     "convert",
+    "desynchronize",
     "fold",
     "freeze",
     "frozen",
     "functional",
+    "fuse",
     "import_statistics",
     "nn",
     "parameter_groups",
     "recalibrate",
     "revert",
     "strip_bias",
+    "synchronize",
     "unfreeze",
+    "unfuse",
     "zero_gamma",
 ]
 
@@ -50,16 +55,19 @@ if TYPE_CHECKING:
         Lp,
         Ramp,
         Renorm,
+        Sync,
     )
     from batchnorm.transforms.adapt import adapt
     from batchnorm.transforms.average import average
     from batchnorm.transforms.convert import convert, revert
     from batchnorm.transforms.fold import fold
     from batchnorm.transforms.freeze import freeze, frozen, unfreeze
+    from batchnorm.transforms.fuse import fuse, unfuse
     from batchnorm.transforms.import_statistics import import_statistics
     from batchnorm.transforms.parameter_groups import parameter_groups
     from batchnorm.transforms.recalibrate import recalibrate
     from batchnorm.transforms.strip_bias import strip_bias
+    from batchnorm.transforms.synchronize import desynchronize, synchronize
     from batchnorm.transforms.zero_gamma import zero_gamma
 
 # Where the public names are that are not in nn. Nothing is imported before it is asked for, so
@@ -68,15 +76,19 @@ _HOMES = {
     "adapt": "transforms.adapt",
     "average": "transforms.average",
     "convert": "transforms.convert",
+    "desynchronize": "transforms.synchronize",
     "fold": "transforms.fold",
     "freeze": "transforms.freeze",
     "frozen": "transforms.freeze",
+    "fuse": "transforms.fuse",
     "import_statistics": "transforms.import_statistics",
     "parameter_groups": "transforms.parameter_groups",
     "recalibrate": "transforms.recalibrate",
     "revert": "transforms.convert",
     "strip_bias": "transforms.strip_bias",
+    "synchronize": "transforms.synchronize",
     "unfreeze": "transforms.freeze",
+    "unfuse": "transforms.fuse",
     "zero_gamma": "transforms.zero_gamma",
 }
 _SUBMODULES = ("functional", "nn")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from batchnorm import ops
 from batchnorm.ops import reference, variants
@@ -23,6 +24,7 @@ __all__ = [
     "lp_batch_norm",
     "moments",
     "normalize",
+    "sync_batch_norm",
     "update_running",
 ]
 
@@ -418,6 +420,111 @@ def lp_batch_norm(
     return TrainingResult(y, Moments(mean, power, n))
 
 
+def sync_batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+) -> TrainingResult:
+    r"""Normalise by the moments of the batches of all processes together.
+
+    .. math::
+
+        \mu = \frac1n \sum_k n_k\,\mu_k, \qquad
+        \sigma^2 = \frac1n \sum_k n_k \left(\sigma_k^2 + (\mu_k - \mu)^2\right), \qquad
+        n = \sum_k n_k
+
+    from the number, mean and variance of the values of every process k, exchanged in float64.
+    Every process gets the same bits, and computes y as :func:`batch_norm` would on the batches
+    put together. The gradient of its x is that of the sum of all processes' losses,
+
+    .. math::
+
+        dx = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \left(dz
+            - \frac1n \sum_k \sum dz - \frac{\hat x}{n} \sum_k \sum dz\,\hat x\right)
+
+    while those of γ and β are of its own values, like every other parameter's. Summed over the
+    processes they are those of one process; :class:`DistributedDataParallel
+    <torch.nn.parallel.DistributedDataParallel>` averages, which is right for losses that are means
+    over batches of one size. Where sizes differ, sum the loss over the batch, multiply it by the
+    number of processes, and divide it by the samples in all.
+
+    Every process of the group must call it, as often and in the same order as the others, and so
+    with its backward; one without data passes a batch of no samples. Outside of any process
+    group, and in one of a single process, it is :func:`batch_norm`.
+
+    Args:
+        x: Values of shape (N, C, \*), floating, of this process; N may be 0. All together need
+            two or more for each channel.
+        weight: γ of shape (C,). Default: 1.
+        bias: β of shape (C,). Default: 0.
+        eps: ε, finite and not negative.
+        process_group: The processes. Default: all, if :mod:`torch.distributed` is initialised.
+        residual: r, of the shape and type of ``x``. Default: 0.
+        activation: One of :data:`ACTIVATIONS`. Default: the identity.
+        mask: As in :func:`batch_norm`; the masks of some processes may be empty.
+
+    Returns:
+        y, of the shape and type of ``x``, and the :class:`Moments` of all processes' values.
+
+    Raises:
+        ValueError: As :func:`batch_norm`, of the values of all processes.
+        TypeError: As :func:`batch_norm`.
+        RuntimeError: Another process ended, or did not call it within the time-out of the group.
+            (NCCL ends the process instead, unless told otherwise.)
+        NotImplementedError: Of several processes, under :func:`torch.vmap` or in forward mode.
+
+    Example:
+        >>> import torch
+        >>> sync_batch_norm(torch.tensor([[1.0], [3.0]]), eps=0.0).y.flatten().tolist()
+        [-1.0, 1.0]
+
+    References:
+        Peng et al. 2017, *MegDet*, arXiv 1711.07240, section 3.2 (*Cross-GPU Batch
+        Normalization*), there with a second exchange for σ². Backward: [P1] section 3. The
+        gradients of γ and β are those of :class:`torch.nn.SyncBatchNorm`.
+    """
+    group, ranks = processes(process_group)
+    if ranks == 1:
+        return batch_norm(
+            *(x, weight, bias, eps), residual=residual, activation=activation, mask=mask
+        )
+    _check_input(x)
+    _check_vectors(x, weight=weight, bias=bias)
+    _check_residual(residual, x)
+    code = activation_code(activation)
+    check_eps(eps)
+    if mask is not None:
+        _check_mask(mask, x)
+    y, mean, var, n = ops.synchronized_forward(
+        *(x, weight, bias, residual, mask, eps, code, group, ranks)
+    )
+    visible = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    if mask is not None:
+        _check_masked_count(n)
+    elif x.numel() < 2 * x.shape[1]:  # else it is not for this process to look
+        if visible and n == 0:
+            return TrainingResult(y, Moments(mean, var, 0))
+        _check_total_count(n, visible)
+    known = visible and x.device.type == "cpu"  # elsewhere it would wait for the device
+    return TrainingResult(y, Moments(mean, var, int(n) if known else n))
+
+
+def processes(group: dist.ProcessGroup | None) -> tuple[str, int]:
+    """Return the name of a process group and how many processes it has: 1 where there is none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return "", 1
+    if group is None:
+        group = dist.group.WORLD
+        assert group is not None
+    return group.group_name, dist.get_world_size(group)
+
+
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
@@ -556,6 +663,17 @@ def _check_masked_count(count: Tensor) -> None:
             raise ValueError(message)
     else:
         torch._assert_async(count > 1, message)  # without waiting for the device
+
+
+def _check_total_count(count: Tensor, visible: bool) -> None:
+    message = (
+        "Expected more than 1 value per channel when training, got 1 in all processes together: "
+        "use larger batches, or call eval() to normalise by the running statistics"
+    )
+    if not visible:
+        torch._assert_async(count > 1, message)
+    elif count < 2:
+        raise ValueError(message)
 
 
 def activation_code(activation: str | None) -> int:

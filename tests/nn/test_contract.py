@@ -15,7 +15,18 @@ from tests import tolerances
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import batchnorm
-from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Frozen, Ghost, Guard, Lp, Ramp, Renorm
+from batchnorm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    Frozen,
+    Ghost,
+    Guard,
+    Lp,
+    Ramp,
+    Renorm,
+    Sync,
+)
 
 RENORM = Renorm(r_max=1.5, d_max=0.5, schedule=Ramp(0, 2, 2))
 LAYERS = {
@@ -33,6 +44,7 @@ LAYERS = {
     "l1": (partial(BatchNorm1d, 3, statistics=Lp(1)), (8, 3)),
     "l-infinity": (partial(BatchNorm1d, 3, statistics=Lp(math.inf, central=True)), (8, 3)),
     "frozen": (partial(BatchNorm1d, 3, statistics=Frozen()), (8, 3)),
+    "sync": (partial(BatchNorm1d, 3, statistics=Sync()), (8, 3)),
 }
 
 

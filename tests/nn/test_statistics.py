@@ -8,7 +8,7 @@ import torch
 from tests import tolerances
 
 import batchnorm
-from batchnorm import BatchNorm1d, BatchNorm2d, Frozen, Ghost, Lp, Ramp, Renorm, functional
+from batchnorm import BatchNorm1d, BatchNorm2d, Frozen, Ghost, Lp, Ramp, Renorm, Sync, functional
 
 EPS = 1e-5
 
@@ -234,7 +234,15 @@ class TestFrozen:
             layer(torch.ones(4, 3))
 
 
-VALUES = [Ghost(2), Renorm(), Renorm(schedule=None), Lp(1), Lp(math.inf, central=True), Frozen()]
+VALUES = [
+    Ghost(2),
+    Renorm(),
+    Renorm(schedule=None),
+    Lp(1),
+    Lp(math.inf, central=True),
+    Frozen(),
+    Sync(),
+]
 
 
 @pytest.mark.parametrize("statistics", VALUES, ids=repr)

@@ -1,11 +1,12 @@
 """Modules: state and arguments, no maths."""
 
-from batchnorm.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.guard import Guard
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
-from batchnorm.nn.statistics import Frozen, Ghost, Lp, Ramp, Renorm, Statistics
+from batchnorm.nn.statistics import Frozen, Ghost, Lp, Ramp, Renorm, Statistics, Sync
 
 __all__ = [
+    "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -19,4 +20,5 @@ __all__ = [
     "Ramp",
     "Renorm",
     "Statistics",
+    "Sync",
 ]

@@ -58,15 +58,22 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._widen_running_statistics()
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor:
-        """Return act(bn(x) + residual)."""
+        """Return act(bn(x) + residual), act the layer's own unless one is given."""
         self._check_input_dim(x)
         if not self.eps > 0:  # named here and not before, as torch does
             raise ValueError(
                 f"eps must be positive, got {self.eps}; the usual is 1e-5, and for an eps of 0 "
                 "there is batchnorm.functional.batch_norm"
             )
+        if activation is None:
+            activation = self.activation
         # Looked up here, and once: an attribute of a module costs as much as a small operation.
         buffers, weight, bias = self._buffers, self.weight, self.bias
         running = Running(
@@ -76,20 +83,20 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             return functional.normalize(
                 *(x, running.mean, running.var, weight, bias, self.eps),
                 residual=residual,
-                activation=self.activation,
+                activation=activation,
             )
         if self.statistics is None or not self.training:
             y, moments = functional.batch_norm(
                 *(x, weight, bias, self.eps),
                 residual=residual,
-                activation=self.activation,
+                activation=activation,
                 mask=mask,
             )
         else:
             y, moments = self.statistics.batch_norm(
                 *(x, weight, bias, self.eps, running),
                 residual=residual,
-                activation=self.activation,
+                activation=activation,
                 mask=mask,
             )
         if self.training and self.track_running_stats and not _is_recomputation():
@@ -161,7 +168,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     variance the unbiased one. In evaluation the running statistics are μ and σ². It is
     :class:`torch.nn.BatchNorm1d`, a subclass and interchangeable by state dict, and beyond it
 
-    - adds a residual and activates in the same pass: ``layer(x, residual)``;
+    - adds a residual and activates in the same pass: ``layer(x, residual)``, or for one call
+      otherwise than it is set to, ``layer(x, activation="relu")``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
     - keeps its running statistics in float32 whatever the type of its parameters;
     - updates them once a step, also where activation checkpointing runs forward twice;
@@ -177,8 +185,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
-        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
-            :class:`Frozen`. Default: the batch.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp`,
+            :class:`Sync` or :class:`Frozen`. Default: the batch.
         guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
@@ -220,7 +228,8 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     variance the unbiased one. In evaluation the running statistics are μ and σ². It is
     :class:`torch.nn.BatchNorm2d`, a subclass and interchangeable by state dict, and beyond it
 
-    - adds a residual and activates in the same pass: ``layer(x, residual)``;
+    - adds a residual and activates in the same pass: ``layer(x, residual)``, or for one call
+      otherwise than it is set to, ``layer(x, activation="relu")``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
     - keeps its running statistics in float32 whatever the type of its parameters;
     - updates them once a step, also where activation checkpointing runs forward twice;
@@ -236,8 +245,8 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
-        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
-            :class:`Frozen`. Default: the batch.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp`,
+            :class:`Sync` or :class:`Frozen`. Default: the batch.
         guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
@@ -275,7 +284,8 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     variance the unbiased one. In evaluation the running statistics are μ and σ². It is
     :class:`torch.nn.BatchNorm3d`, a subclass and interchangeable by state dict, and beyond it
 
-    - adds a residual and activates in the same pass: ``layer(x, residual)``;
+    - adds a residual and activates in the same pass: ``layer(x, residual)``, or for one call
+      otherwise than it is set to, ``layer(x, activation="relu")``;
     - counts only where ``mask`` (booleans (N, \*)) is true: ``layer(x, mask=mask)``;
     - keeps its running statistics in float32 whatever the type of its parameters;
     - updates them once a step, also where activation checkpointing runs forward twice;
@@ -291,8 +301,8 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
             moments of its batch.
         bias: Whether to learn β.
         activation: One of :data:`batchnorm.functional.ACTIVATIONS`, fused. Default: none.
-        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp` or
-            :class:`Frozen`. Default: the batch.
+        statistics: What training normalises by: :class:`Ghost`, :class:`Renorm`, :class:`Lp`,
+            :class:`Sync` or :class:`Frozen`. Default: the batch.
         guard: What to refuse or to warn of, a :class:`Guard`. Default: nothing.
         device: Where parameters and buffers are.
         dtype: The type of the parameters.
@@ -314,3 +324,19 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
     _ranks = (5,)
     _shapes = "(N, C, D, H, W)"
+
+
+class BatchNorm(_BatchNorm):
+    r"""Batch normalization of inputs of any rank, (N, C, \*): :class:`BatchNorm1d` and its like.
+
+    It is what becomes of a :class:`torch.nn.SyncBatchNorm`, which has no rank either.
+
+    Example:
+        >>> import torch
+        >>> layer = BatchNorm(3)
+        >>> layer(torch.randn(8, 3)).shape, layer(torch.randn(8, 3, 4, 4)).shape
+        (torch.Size([8, 3]), torch.Size([8, 3, 4, 4]))
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Leave it to the function."""

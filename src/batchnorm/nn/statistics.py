@@ -1,15 +1,17 @@
 """What a layer in training normalises by: the batch, unless one of these says otherwise."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict, Unpack
+from pickle import PicklingError
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from batchnorm import functional
 from batchnorm.functional import Moments, TrainingResult
 
-__all__ = ["Frozen", "Ghost", "Lp", "Ramp", "Renorm", "Statistics"]
+__all__ = ["Frozen", "Ghost", "Lp", "Ramp", "Renorm", "Statistics", "Sync"]
 
 
 class Running(NamedTuple):
@@ -262,3 +264,67 @@ class Frozen(Statistics):
             activation=options["activation"],
         )
         return TrainingResult(y, Moments(mean, var, 0))
+
+
+@dataclass(frozen=True, repr=False)
+class Sync(Statistics):
+    """Statistics of the batches of all processes: :func:`batchnorm.functional.sync_batch_norm`.
+
+    Training computes what one process would on the whole batch, with any back end of
+    :mod:`torch.distributed`: gloo on CPU, NCCL on GPU. The running statistics are those of the
+    whole batch too, the same bits on every process, and evaluation is plain: no communication.
+    Outside of any process group, and in one of a single process, it is the batch.
+
+    Args:
+        process_group: The processes, this one among them. Default: all.
+
+    Raises:
+        TypeError: ``process_group`` is not one, or this process is not in it.
+
+    Example:
+        >>> from batchnorm import BatchNorm1d
+        >>> BatchNorm1d(3, statistics=Sync()).statistics
+        Sync()
+
+    References:
+        Peng et al. 2017, *MegDet*, arXiv 1711.07240, section 3.2.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        group = self.process_group
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}; "
+                "new_group returns no group to a process that is not in it"
+            )
+
+    def __repr__(self) -> str:
+        group = self.process_group
+        return f"Sync({'' if group is None else f'process_group=<ProcessGroup of {group.size()}>'})"
+
+    def __deepcopy__(self, memo: Any) -> "Sync":
+        return self  # a group cannot be copied
+
+    def __reduce__(self) -> Any:
+        if self.process_group is not None:
+            raise PicklingError(
+                f"{self} cannot be saved, as its group exists only while its processes run; save "
+                "the state_dict, or call desynchronize(model) first"
+            )
+        return Sync, ()
+
+    def batch_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        running: Running,
+        **options: Unpack[Options],
+    ) -> TrainingResult:
+        """Normalise by the moments of all processes' values."""
+        return functional.sync_batch_norm(
+            *(x, weight, bias, eps), process_group=self.process_group, **options
+        )

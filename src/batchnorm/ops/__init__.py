@@ -27,6 +27,10 @@ The schemas (`schemas.py` defines them, this is what they mean)::
                    Tensor mean, Tensor var, float n, float? momentum)
         -> ()
 
+    synchronized_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,
+                         float eps, int activation, str group, SymInt ranks)
+        -> (Tensor y, Tensor mean, Tensor var, Tensor n)
+
 With σ = √(var+ε) and per channel: x̂ = (x−mean)/σ, z = weight·x̂ + bias + residual,
 y = act(z), dz = dy·act′(z)::
 
@@ -41,6 +45,11 @@ channel (over all ranks, when synchronised). Both absent: the statistics were co
 1/``num_batches`` without one (0 when there is neither), replaces ``running_mean`` by
 running_mean + w·(mean − running_mean) and ``running_var`` by the same with var·n/(n−1), ``n``
 being the number of values per channel. The running statistics are float32 or float64.
+
+``synchronized_forward`` normalises by the moments of the values of all ``ranks`` processes of the
+group of that name, ``n`` values for each channel, where ``mask`` (N, \*) is true. It is made of
+the other ops and of torch's functional collectives, so there is nothing to implement. ``x`` may
+be empty.
 
 **Shapes and layouts.** ``x`` is (N, C, \*), two or more axes, not empty. *Contiguous* and
 *channels last* of any rank (``x.movedim(1, -1).is_contiguous()``) are kept: ``y``, ``dx``
@@ -100,6 +109,7 @@ from batchnorm.ops.autograd import (
     update_running,
 )
 from batchnorm.ops.reference import ACTIVATIONS
+from batchnorm.ops.synchronized import synchronized_forward
 
 __all__ = [
     "ACTIVATIONS",
@@ -108,6 +118,7 @@ __all__ = [
     "kernels",
     "moments",
     "normalize",
+    "synchronized_forward",
     "training_backward",
     "training_forward",
     "update_running",

@@ -243,4 +243,7 @@ def update_running(
     if torch.compiler.is_compiling() or isinstance(n, Tensor):
         reference.update_running(*arguments)
     else:
-        _ops.update_running.default(*arguments)
+        with _below_autograd():
+            _ops.update_running.default(*arguments)
+        # A kernel writes past autograd, which is to notice where it saved the statistics.
+        torch.autograd.graph.increment_version((running_mean, running_var))

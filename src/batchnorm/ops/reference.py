@@ -33,7 +33,7 @@ NONE, RELU, RELU6, LEAKY_RELU, SILU, GELU, HARDSWISH = range(len(ACTIVATIONS))
 LEAKY_SLOPE = 0.01
 
 # Runs of fewer contiguous positions share a row of the gate: padding each would spoil its packing.
-SHORT_RUN = 64
+SHORT_RUN = 16
 
 # Statistics are accumulated and kept wider than the data.
 STATISTICS_DTYPE = torch.float64
@@ -173,6 +173,16 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred = torch.where(counted, x - per_channel(mean, x), 0.0)
     var = centred.square().sum(axes) / count
     return mean, var, count
+
+
+def merge(mean: Tensor, var: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the moments of all values from those of their parts, one row each.
+
+    ``share`` (parts, 1) is each part's share of the values. Chan, Golub & LeVeque 1983: no
+    difference of two large sums.
+    """
+    merged = (mean * share).sum(0)
+    return merged, ((var + (mean - merged).square()) * share).sum(0)
 
 
 def scale_and_shift(

@@ -9,6 +9,7 @@ from batchnorm.ops.reference import (
     compute_dtype,
     dense,
     laid_out_as,
+    merge,
     per_channel,
     reduction_axes,
 )
@@ -58,9 +59,7 @@ def ghost_forward(
         y, means, variances = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         share = means.new_full((groups, 1), size / samples)
         share[-1] = (samples - split) / samples
-    mean = (means * share).sum(0)
-    var = ((variances + (means - mean).square()) * share).sum(0)
-    return laid_out_as(y, dense(x)), mean, var
+    return laid_out_as(y, dense(x)), *merge(means, variances, share)
 
 
 def renorm_correction(

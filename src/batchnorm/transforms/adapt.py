@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from batchnorm.nn.statistics import Sync
 from batchnorm.transforms.dataflow import preserved
 from batchnorm.transforms.layers import batch_norms
-from batchnorm.transforms.recalibrate import left_alone, recalibrate, run
+from batchnorm.transforms.recalibrate import alone, left_alone, run
 
 __all__ = ["Adaptation", "adapt"]
 
@@ -57,7 +58,7 @@ def adapt(
 
     With ``entropy_lr`` γ and β first take one step of Adam for each batch, down the mean entropy
     of the predictions, :math:`-\sum_c p_c \log p_c`, every layer normalising by the batch. What
-    is frozen stays, statistics or γ and β.
+    is frozen stays, statistics or γ and β. In a process group each process adapts to its own data.
 
     Args:
         model: A classifier, or any network where only the statistics are adapted.
@@ -114,7 +115,7 @@ def adapt(
     try:
         if entropy_lr is not None:
             _minimize_entropy(model, loader, entropy_lr, forward, adaptation.entropies)
-        report = recalibrate(model, counted(), forward=forward)
+        report = alone(model, counted(), forward=forward)
         keep = prior / (prior + adaptation.samples)
         with torch.no_grad():
             for name in report.values:
@@ -156,6 +157,9 @@ def _minimize_entropy(
         model.eval()
         for layer in batch_norms(model).values():
             layer.training = layer not in held
+            if isinstance(getattr(layer, "statistics", None), Sync):
+                stack.callback(setattr, layer, "statistics", layer.statistics)
+                layer.statistics = None  # type: ignore[assignment]
         for batch in loader:
             logits = run(model, batch, forward)
             if not isinstance(logits, Tensor):

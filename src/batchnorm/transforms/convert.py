@@ -19,7 +19,7 @@ _PAIRS = [
 ]
 _OURS: dict[type[nn.Module], type[nn.Module]] = dict(_PAIRS)
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in _PAIRS}
-_BEYOND = ("activation", "statistics", "guard")
+BEYOND = ("activation", "statistics", "guard")
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -47,7 +47,7 @@ def convert(model: nn.Module) -> nn.Module:
         ours = _OURS.get(type(layer))
         if ours is not None:
             layer.__class__ = ours
-            for option in _BEYOND:
+            for option in BEYOND:
                 setattr(layer, option, None)
             if isinstance(layer, batchnorm._BatchNorm) and layer.num_features:
                 layer._widen_running_statistics()
@@ -67,8 +67,8 @@ def revert(model: nn.Module) -> nn.Module:
         The same network.
 
     Raises:
-        ValueError: A layer does what torch's cannot: it activates, or its statistics are not
-            those of the batch. Nothing is changed then.
+        ValueError: A layer does what torch's cannot: it activates, its statistics are not those
+            of the batch, or it is of any rank. Nothing is changed then.
 
     Example:
         >>> import batchnorm
@@ -78,7 +78,12 @@ def revert(model: nn.Module) -> nn.Module:
         'torch.nn.modules.batchnorm'
     """
     for name, layer in model.named_modules():
-        for option in _BEYOND[:2] if type(layer) in _THEIRS else ():
+        if type(layer) is batchnorm.BatchNorm:
+            raise ValueError(
+                f"{name or 'the layer'} is a batch norm for inputs of any rank, which torch has "
+                "not; give it the one that it gets, as by layer.__class__ = batchnorm.BatchNorm2d"
+            )
+        for option in BEYOND[:2] if type(layer) in _THEIRS else ():
             value = getattr(layer, option)
             if value is not None:
                 raise ValueError(
@@ -89,13 +94,14 @@ def revert(model: nn.Module) -> nn.Module:
         theirs = _THEIRS.get(type(layer))
         if theirs is not None:
             layer.__class__ = theirs
-            for option in _BEYOND:
+            for option in BEYOND:
                 delattr(layer, option)
-            _narrow_running_statistics(layer)
+            narrow_running_statistics(layer)
     return model
 
 
-def _narrow_running_statistics(layer: nn.Module) -> None:
+def narrow_running_statistics(layer: nn.Module) -> None:
+    """Give running statistics the type of the parameters."""
     # torch's layer refuses statistics that are wider than its parameters.
     weight = layer._parameters["weight"]
     for name in ("running_mean", "running_var"):

@@ -30,7 +30,7 @@ from batchnorm.transforms.layers import batch_norms
 __all__ = ["Folding", "fold"]
 
 _PLAIN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
-_OURS = {ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d}
+_OURS = {ours.BatchNorm, ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d}
 _ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {
     None: nn.Identity,
     "relu": nn.ReLU,

@@ -302,6 +302,38 @@ Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& mean, con
   return dx;
 }
 
+void update_running(Tensor running_mean, Tensor running_var, Optional num_batches,
+                    const Tensor& mean, const Tensor& var, double n,
+                    std::optional<double> momentum) {
+  const int64_t c = running_mean.numel();
+  const Doubles m(mean, c), v(var, c);
+  STD_TORCH_CHECK(running_var.numel() == c, "batchnorm: the running statistics differ in size");
+  double weight = momentum.value_or(0);
+  if (num_batches) {
+    auto* count = (int64_t*)num_batches->data_ptr();
+    STD_TORCH_CHECK(num_batches->scalar_type() == ScalarType::Long && num_batches->numel() == 1,
+                    "batchnorm: num_batches must be one int64");
+    ++*count;
+    if (!momentum) weight = 1 / (double)*count;
+  }
+  auto move = [&](const Tensor& running, const double* batch, double scale) {
+    auto each = [&](auto* to) {
+      const int64_t stride = running.stride(0);
+      for (int64_t i = 0; i < c; ++i) {
+        const double now = to[i * stride];
+        to[i * stride] = now + weight * (batch[i] * scale - now);
+      }
+    };
+    switch (running.scalar_type()) {
+      case ScalarType::Float: return each((float*)running.data_ptr());
+      case ScalarType::Double: return each((double*)running.data_ptr());
+      default: STD_TORCH_CHECK(false, "batchnorm: running statistics must be float32 or float64");
+    }
+  };
+  move(running_mean, m.get(), 1);
+  move(running_var, v.get(), n / (n - 1));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, library) {
@@ -311,6 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, library) {
   library.impl("normalize", TORCH_BOX(&normalize));
   library.impl("backward_sums", TORCH_BOX(&backward_sums));
   library.impl("backward_apply", TORCH_BOX(&backward_apply));
+  library.impl("update_running", TORCH_BOX(&update_running));
 }
 
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_cpu_instruction_set() { return batchnorm::kernels().name; }

@@ -57,7 +57,7 @@ struct Affine {
 };
 
 // Runs of fewer positions than this are taken together, as columns.
-constexpr int64_t short_run = 64;
+constexpr int64_t short_run = 16;
 
 // The gate: one bit per element, 1 where the activation's slope is 1, in rows padded to bytes: a row
 // is C elements in columns, S in planes, C * S in planes of short runs.

@@ -26,9 +26,10 @@ constexpr int64_t block_elements = 8192;    // summed in float lanes before goin
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
 constexpr int64_t stage_bytes = 8192;       // a finished piece, in L1 until streamed
-constexpr int64_t stream_bytes = 32 << 20;  // outputs above this are not kept in cache
+constexpr int64_t stream_bytes = 12 << 20;  // larger outputs, with their inputs, outgrow a cache of 32 MB
 constexpr int64_t serial_elements = 32768;  // below, waking threads costs more than the work
 constexpr int64_t tile_columns = 512;
+constexpr int64_t group_channels = 16;      // planes: neighbours that are visited together
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,7 +40,7 @@ inline int64_t cache_bytes() {
 #else
   static const int64_t l2 = 0;
 #endif
-  return std::max<int64_t>(l2, 1 << 20) / 4 * 3;
+  return (l2 > 0 ? l2 : 1 << 20) / 4 * 3;
 }
 
 template <class F>
@@ -73,11 +74,6 @@ struct Moments {
   }
 };
 
-struct Sums {
-  double dz = 0, dz_d = 0;
-  void merge(const Sums& o) { dz += o.dz; dz_d += o.dz_d; }
-};
-
 // From sums of d = x - shift and of d * d.
 inline Moments shifted(double count, double shift, double sum, double square) {
   const double mean = sum / count;
@@ -104,32 +100,6 @@ Moments careful(const T* x, int64_t rows, int64_t ld, int64_t len, int64_t step)
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < len; ++i) { const double d = value(r, i) - mean; m2 += d * d; }
   return {count, mean, m2};
-}
-
-// Channel coefficients, rounded once from float64.
-template <class C>
-struct Channel {
-  C m, a, b, k, c;
-  void forward(const Statistics& s, const Affine& f, int64_t i) {
-    const double scale = (f.weight ? f.weight[i] : 1.0) / std::sqrt(s.var[i] + f.eps);
-    m = (C)s.mean[i];
-    a = (C)scale;
-    b = (C)((f.bias ? f.bias[i] : 0.0) - (s.mean[i] - (double)m) * scale);
-    k = c = 0;
-  }
-  // dx = a (dz - mean_dz - xhat mean_dz_xhat), xhat = (d - (mean - m)) / sigma
-  void backward(const Statistics& s, const Affine& f, int64_t i, double mean_dz,
-                double mean_dz_xhat) {
-    const double slope = mean_dz_xhat / std::sqrt(s.var[i] + f.eps);
-    k = (C)-slope;
-    c = (C)((s.mean[i] - (double)m) * slope - mean_dz);
-  }
-  Coefficients<C> refer() const { return {&m, &a, &b, &k, &c}; }
-};
-
-// sum of dz * xhat from the sum of dz * d.
-inline double xhat_sum(const Sums& s, const Statistics& st, double eps, double m, int64_t i) {
-  return (s.dz_d - (st.mean[i] - m) * s.dz) / std::sqrt(st.var[i] + eps);
 }
 
 // What a loop writes: y, or dx and dz, either of which may be null.
@@ -200,8 +170,9 @@ struct Planes {
   int64_t parts = 1, rows, count;
 };
 
-// first: part(c, chunk) yields a P, finish(c, P) takes their merged value.
-// second: apply(c0, c1, chunk) normalises; called chunk by chunk, the last read first.
+// first: part(c0, c1, chunk, out) takes a P of each channel of [c0, c1); finish(c, P) the merged one.
+// second: apply(c0, c1, chunk, c2) normalises them, chunk by chunk, the last read first, and fetches
+// the channels [c1, c2), which come next.
 template <class P, class Part, class Finish, class Apply>
 void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64_t size, bool first,
                   bool second, Part part, Finish finish, Apply apply) {
@@ -213,9 +184,8 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
     parallel(p, s.n * runs * parts, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t c0 = i / parts % runs * run, n = i / parts / runs;
-        const PlaneChunk k = parts > 1 ? planes.chunk(n * parts + i % parts)
-                                       : PlaneChunk{n, 1, 0, s.s};
-        apply(c0, std::min(c0 + run, s.c), k);
+        const int64_t c1 = std::min(c0 + run, s.c);
+        apply(c0, c1, parts > 1 ? planes.chunk(n * parts + i % parts) : PlaneChunk{n, 1, 0, s.s}, c1);
       }
       stream_fence();
     });
@@ -225,7 +195,10 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
     // Few channels: the chunks are shared, too.
     std::unique_ptr<P[]> partial(new P[s.c * planes.count]);
     parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) partial[i] = part(i / planes.count, i % planes.count);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t c = i / planes.count;
+        part(c, c + 1, i % planes.count, &partial[i]);
+      }
     });
     for (int64_t c = 0; c < s.c; ++c) {
       P total;
@@ -236,77 +209,94 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
       parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
         for (int64_t i = end - 1; i >= begin; --i) {
           const int64_t c = i / planes.count;
-          apply(c, c + 1, planes.chunk(i % planes.count));
+          apply(c, c + 1, planes.chunk(i % planes.count), c + 1);
         }
         stream_fence();
       });
     return;
   }
-  // Neighbouring channels together, so that what is written is long runs; all of a group's
-  // inputs stay in cache until they are read again.
+  // Neighbouring channels together, so that what is read and written is long runs; all of a group's
+  // inputs stay in cache until they are read again, and the next group's arrive meanwhile.
   const int64_t channel_bytes = s.count() * size * tensors;
   int64_t group = std::min({cache_bytes() / 2 / std::max<int64_t>(channel_bytes, 1),
-                            stage_elements(size) / s.s, s.c / (4 * p.pool.threads)});
+                            stage_elements(size) / s.s, group_channels,
+                            ceil_div(s.c, 2 * p.pool.threads)});
+  const bool fits = group > 0;
   group = std::max<int64_t>(group, 1);
   parallel(p, ceil_div(s.c, group), [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t c0 = g * group, c1 = std::min(c0 + group, s.c);
-      for (int64_t c = c0; c < c1; ++c) {
-        P total;
-        for (int64_t i = 0; i < planes.count; ++i) total.merge(part(c, i));
-        finish(c, total);
+    P total[group_channels], piece[group_channels];
+    const int64_t last = std::min(end * group, s.c);
+    for (int64_t c0 = begin * group; c0 < last; c0 += group) {
+      const int64_t c1 = std::min(c0 + group, last);
+      // A channel that does not fit the cache would be driven out again.
+      const int64_t c2 = fits ? std::min(c1 + group, last) : c1;
+      part(c0, c1, 0, total);
+      for (int64_t i = 1; i < planes.count; ++i) {
+        part(c0, c1, i, piece);
+        for (int64_t c = 0; c < c1 - c0; ++c) total[c].merge(piece[c]);
       }
+      for (int64_t c = c0; c < c1; ++c) finish(c, total[c - c0]);
       if (second)
-        for (int64_t i = planes.count - 1; i >= 0; --i) apply(c0, c1, planes.chunk(i));
+        for (int64_t i = planes.count - 1; i >= 0; --i) apply(c0, c1, planes.chunk(i), c2);
     }
     if (second) stream_fence();
   });
 }
 
 template <class T>
-Moments plane_moments(const T* x, const Planes& planes, int64_t channel, int64_t index) {
+void plane_moments(const T* x, const Planes& planes, int64_t c0, int64_t c1, int64_t index,
+                   Moments* out) {
   using S = Simd<T>;
+  using C = typename S::C;
   const PlaneChunk k = planes.chunk(index);
-  const T* start = x + planes.offset(k.row, channel) + k.begin;
-  Lanes<S> head;
-  const int64_t few = std::min<int64_t>(k.len, 4 * S::W);
-  moments_run<T>(start, few, 0, head);
-  double shift = 0, unused = 0, sum = 0, square = 0;
-  head.drain(shift, unused);
-  const auto rounded = (typename S::C)(shift / few);
-  Lanes<S> lanes;
+  const int64_t channels = c1 - c0;
+  Lanes<S> lanes[group_channels];
+  C shift[group_channels];
+  double sum[group_channels] = {}, square[group_channels] = {};
+  const int few = (int)std::min<int64_t>(k.len, S::W);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* start = x + planes.offset(k.row, c0 + c) + k.begin;
+    shift[c] = (C)(S::sum(few == S::W ? S::load(start) : S::load_n(start, few, 0)) / few);
+  }
   planes.blocks(
       k,
       [&](int64_t r, int64_t begin, int64_t len) {
-        moments_run<T>(x + planes.offset(r, channel) + begin, len, rounded, lanes);
+        const T* row = x + planes.offset(r, c0) + begin;
+        for (int64_t c = 0; c < channels; ++c)
+          moments_run<T>(row + c * planes.shape.s, len, shift[c], lanes[c]);
       },
-      [&] { lanes.drain(sum, square); lanes = {}; });
-  const Moments m = shifted((double)k.rows * k.len, rounded, sum, square);
-  if (!doubtful<typename S::C>(m)) return m;
-  return careful(start, k.rows, planes.shape.c * planes.shape.s, k.len, 1);
+      [&] {
+        for (int64_t c = 0; c < channels; ++c) {
+          lanes[c].drain(sum[c], square[c]);
+          lanes[c] = {};
+        }
+      });
+  for (int64_t c = 0; c < channels; ++c) {
+    out[c] = shifted((double)k.rows * k.len, shift[c], sum[c], square[c]);
+    if (doubtful<C>(out[c]))
+      out[c] = careful(x + planes.offset(k.row, c0 + c) + k.begin, k.rows,
+                       planes.shape.c * planes.shape.s, k.len, 1);
+  }
 }
 
-// Calls run(offset, channel, row, begin, len, out) for the pieces of a chunk of channels [c0, c1),
-// and streams what it writes when asked.
-template <class T, class Run>
-void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk& k, bool stream,
-                  const Outputs<T>& outputs, Run run) {
+// Calls run(offset, row, begin, len, out) for the pieces of a chunk of channels [c0, c1),
+// streams what it writes when asked, and calls fetch(offset, count) for what lies in their place
+// in the channels [c1, c2).
+template <class T, class Run, class Fetch>
+void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, int64_t c2, const PlaneChunk& k,
+                  bool stream, const Outputs<T>& outputs, Run run, Fetch fetch) {
   Stage<T> stage;
   const int64_t s = planes.shape.s, capacity = stage_elements(sizeof(T));
-  for (int64_t r = k.row + k.rows - 1; r >= k.row; --r) {
+  for (int64_t r = k.row; r < k.row + k.rows; ++r) {
+    // Whole rows of several channels are one run of memory, which fits the stage.
     const int64_t start = planes.offset(r, c0) + k.begin;
-    if (c1 - c0 > 1) {
-      // Whole rows of several channels: one run of memory, which fits the stage.
-      const Outputs<T> to = outputs.at(start), out = stream ? stage.instead_of(to) : to;
-      for (int64_t c = c0; c < c1; ++c) run(planes.offset(r, c), c, r, 0, s, out.at((c - c0) * s));
-      if (stream) stage.flush(to, (c1 - c0) * s);
-      continue;
-    }
-    for (int64_t i = 0; i < k.len; i += capacity) {
-      const int64_t len = std::min(capacity, k.len - i);
+    const int64_t step = c1 - c0 > 1 ? k.len : capacity;
+    for (int64_t i = 0; i < k.len; i += step) {
+      const int64_t len = std::min(step, k.len - i);
       const Outputs<T> to = outputs.at(start + i), out = stream ? stage.instead_of(to) : to;
-      run(start + i, c0, r, k.begin + i, len, out);
-      if (stream) stage.flush(to, len);
+      run(start + i, r, k.begin + i, len, out);
+      if (stream) stage.flush(to, len * (c1 - c0));
+      if (c2 > c1) fetch(start + i + (c1 - c0) * s, len * (c2 - c1));
     }
   }
 }
@@ -325,21 +315,24 @@ void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& l
     for (int64_t c = 0; c < p.shape.c; ++c) channels[c].forward(f.statistics, f.affine, c);
   drive_planes<Moments>(
       p, planes, 1, sizeof(T), moments, normalize,
-      [&](int64_t c, int64_t i) { return plane_moments(x, planes, c, i); },
+      [&](int64_t c0, int64_t c1, int64_t i, Moments* out) {
+        plane_moments(x, planes, c0, c1, i, out);
+      },
       [&](int64_t c, const Moments& m) {
         f.statistics.mean[c] = m.mean;
         f.statistics.var[c] = m.m2 / m.count;
         if (normalize) channels[c].forward(f.statistics, f.affine, c);
       },
-      [&](int64_t c0, int64_t c1, const PlaneChunk& k) {
-        plane_pieces<T>(planes, c0, c1, k, stream, {(T*)f.y, nullptr},
-                        [&](int64_t o, int64_t c, int64_t r, int64_t begin, int64_t len,
-                            const Outputs<T>& out) {
-          uint8_t* gate =
-              loops.gate ? f.gate + (r * p.shape.c + c) * gate_row + begin / 8 : nullptr;
-          loops.planes(x + o, loops.residual ? residual + o : nullptr, out.first, gate, len,
-                       channels[c].refer());
-        });
+      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t c2) {
+        plane_pieces<T>(
+            planes, c0, c1, c2, k, stream, {(T*)f.y, nullptr},
+            [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out) {
+              uint8_t* gate =
+                  loops.gate ? f.gate + (r * p.shape.c + c0) * gate_row + begin / 8 : nullptr;
+              loops.planes(x + o, moved(residual, o), out.first, gate, len, gate_row, c1 - c0,
+                           &channels[c0]);
+            },
+            [&](int64_t o, int64_t count) { fetch(x + o, count * sizeof(T)); });
       });
 }
 
@@ -360,38 +353,44 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
   };
   for (int64_t c = 0; c < p.shape.c; ++c) {
     channels[c].forward(f.statistics, f.affine, c);
-    if (means)
-      channels[c].backward(f.statistics, f.affine, c, means->of_dz(c), means->of_dz_xhat(c));
+    if (means) channels[c].backward(f.statistics, c, means->of_dz(c), means->of_dz_xhat(c));
   }
   drive_planes<Sums>(
       p, planes, 2 + loops.residual, sizeof(T), sums, f.dx || f.dz,
-      [&](int64_t c, int64_t i) {
-        const PlaneChunk k = planes.chunk(i);
-        Sums total;
-        Lanes<S> lanes;
+      [&](int64_t c0, int64_t c1, int64_t i, Sums* out) {
+        Lanes<S> lanes[group_channels];
+        std::fill(out, out + (c1 - c0), Sums{});
         planes.blocks(
-            k,
+            planes.chunk(i),
             [&](int64_t r, int64_t begin, int64_t len) {
-              const int64_t o = planes.offset(r, c) + begin;
-              loops.sums(dy + o, x + o, loops.residual ? residual + o : nullptr, gate(r, c, begin),
-                         len, channels[c].refer(), lanes);
+              const int64_t o = planes.offset(r, c0) + begin;
+              loops.sums(dy + o, x + o, moved(residual, o), gate(r, c0, begin), len, gate_row,
+                         c1 - c0, p.shape.s, &channels[c0], lanes);
             },
-            [&] { lanes.drain(total.dz, total.dz_d); lanes = {}; });
-        return total;
+            [&] {
+              for (int64_t c = 0; c < c1 - c0; ++c) {
+                lanes[c].drain(out[c].dz, out[c].dz_d);
+                lanes[c] = {};
+              }
+            });
       },
       [&](int64_t c, const Sums& s) {
         const double count = (double)p.shape.count();
         f.sum_dz[c] = s.dz;
-        f.sum_dz_xhat[c] = xhat_sum(s, f.statistics, f.affine.eps, channels[c].m, c);
-        channels[c].backward(f.statistics, f.affine, c, s.dz / count, f.sum_dz_xhat[c] / count);
+        f.sum_dz_xhat[c] = channels[c].xhat_sum(s, f.statistics, c);
+        channels[c].backward(f.statistics, c, s.dz / count, f.sum_dz_xhat[c] / count);
       },
-      [&](int64_t c0, int64_t c1, const PlaneChunk& k) {
-        plane_pieces<T>(planes, c0, c1, k, stream, {(T*)f.dx, (T*)f.dz},
-                        [&](int64_t o, int64_t c, int64_t r, int64_t begin, int64_t len,
-                            const Outputs<T>& out) {
-          loops.planes(dy + o, x + o, loops.residual ? residual + o : nullptr, gate(r, c, begin),
-                       out.first, out.second, len, channels[c].refer());
-        });
+      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t c2) {
+        plane_pieces<T>(
+            planes, c0, c1, c2, k, stream, {(T*)f.dx, (T*)f.dz},
+            [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out) {
+              loops.planes(dy + o, x + o, moved(residual, o), gate(r, c0, begin), out.first,
+                           out.second, len, gate_row, c1 - c0, &channels[c0]);
+            },
+            [&](int64_t o, int64_t count) {
+              fetch(x + o, count * sizeof(T));
+              fetch(dy + o, count * sizeof(T));
+            });
       });
 }
 
@@ -403,11 +402,11 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
 struct Columns {
   explicit Columns(const Shape& s, bool gate) : c(s.c) {
     if (s.columns) {
-      // A row of the gate must start on a byte, and every column needs rows to take a shift from.
+      // A row of the gate must start on a byte; and columns cost something each, to be paid by rows.
       const int64_t repeat =
           gate && s.c % 8
               ? 1
-              : std::max<int64_t>(1, std::min(s.n / 16, tile_columns / s.c));
+              : std::max<int64_t>(1, std::min(s.n / 256, tile_columns / s.c));
       span = 1;
       width = s.c * repeat;
       rows = s.n / repeat;
@@ -638,24 +637,26 @@ inline Moments pool_columns(const Columns& k, int64_t j, int64_t j1, const doubl
 }
 
 // Calls run(offset, row, len, out) for the rows of a chunk, and streams what it writes when asked.
-// Rows that are whole are joined into longer pieces.
-template <class T, class Run>
+// Rows that are whole are joined into longer pieces; fetch(offset, count) asks for the next.
+template <class T, class Run, class Fetch>
 void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool stream,
-                   const Outputs<T>& outputs, Run run) {
+                   const Outputs<T>& outputs, Run run, Fetch fetch) {
   Stage<T> stage;
   const int64_t width = j1 - j0;
   const int64_t joined =
       width == k.width ? std::max<int64_t>(1, stage_elements(sizeof(T)) / width) : 1;
+  const int64_t begin = k.begin(chunk), end = begin + k.count(chunk);
   auto piece = [&](int64_t row, int64_t rows, int64_t len) {
     const int64_t start = row * k.width + j0;
     const Outputs<T> to = outputs.at(start), out = stream ? stage.instead_of(to) : to;
-    for (int64_t r = 0; r < rows; ++r) run(start + r * k.width, row + r, len, out.at(r * width));
+    for (int64_t r = 0; r < rows; ++r) {
+      if (row + joined + r < end) fetch(start + (r + joined) * k.width, width);
+      run(start + r * k.width, row + r, len, out.at(r * width));
+    }
     if (stream) stage.flush(to, (rows - 1) * width + len);
   };
+  for (int64_t row = begin; row < end; row += joined) piece(row, std::min(joined, end - row), width);
   if (const int64_t some = k.left(chunk, j0, j1)) piece(k.rows, 1, some);
-  const int64_t begin = k.begin(chunk);
-  for (int64_t end = begin + k.count(chunk); end > begin; end -= std::min(joined, end - begin))
-    piece(std::max(begin, end - joined), std::min(joined, end - begin), width);
 }
 
 template <class T>
@@ -689,12 +690,17 @@ void forward_columns(const Problem& p, const Forward& f, const ForwardLoops<T>& 
         if (normalize) coefficients.fill(j0, j1, coefficient);
       },
       [&](int64_t j0, int64_t j1, int64_t i) {
-        column_pieces<T>(k, j0, j1, i, stream, {(T*)f.y, nullptr},
-                         [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
-          loops.columns(x + o, loops.residual ? residual + o : nullptr, out.first,
-                        loops.gate ? f.gate + row * k.gate_row() + j0 / 8 : nullptr, len,
-                        coefficients.refer(j0));
-        });
+        column_pieces<T>(
+            k, j0, j1, i, stream, {(T*)f.y, nullptr},
+            [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
+              loops.columns(x + o, moved(residual, o), out.first,
+                            loops.gate ? f.gate + row * k.gate_row() + j0 / 8 : nullptr, len,
+                            coefficients.refer(j0));
+            },
+            [&](int64_t o, int64_t count) {
+              fetch(x + o, count * sizeof(T));
+              if (residual) fetch(residual + o, count * sizeof(T));
+            });
       });
 }
 
@@ -709,12 +715,13 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
   auto* residual = (const T*)f.residual;
   ColumnCoefficients<C> coefficients(k);
   Partial partial(k);
-  coefficients.fill(0, k.width, [&](int64_t c) {
-    Channel<C> v;
-    v.forward(f.statistics, f.affine, c);
-    if (means) v.backward(f.statistics, f.affine, c, means->of_dz(c), means->of_dz_xhat(c));
-    return v;
-  });
+  Buffer<Channel<C>> channels(k.c);
+  for (int64_t c = 0; c < k.c; ++c) {
+    channels[c].forward(f.statistics, f.affine, c);
+    if (means) channels[c].backward(f.statistics, c, means->of_dz(c), means->of_dz_xhat(c));
+  }
+  const auto coefficient = [&](int64_t c) -> const Channel<C>& { return channels[c]; };
+  coefficients.fill(0, k.width, coefficient);
   auto gate = [&](int64_t row, int64_t j) {
     return loops.gate ? f.gate + row * k.gate_row() + j / 8 : nullptr;
   };
@@ -724,7 +731,7 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
         column_sums<C>(k, j0, j1, i, partial.first(i) + j0, partial.second(i) + j0,
                        [&](int64_t row, int64_t rows, int64_t some, C* s, C* q) {
           const int64_t o = row * k.width + j0;
-          loops.column_sums(dy + o, x + o, loops.residual ? residual + o : nullptr, gate(row, j0),
+          loops.column_sums(dy + o, x + o, moved(residual, o), gate(row, j0),
                             k.width, k.gate_row(), rows, some, coefficients.refer(j0), s, q);
         });
       },
@@ -739,25 +746,22 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
           for (int64_t u = j; u < j1; u += k.c * k.span)
             total.merge({sum_columns(k.span, [&](auto at) { return at(partial.first(0) + u); }),
                          sum_columns(k.span, [&](auto at) { return at(partial.second(0) + u); })});
-          Channel<C> v;
-          v.forward(f.statistics, f.affine, c);
+          const double count = (double)p.shape.count();
           f.sum_dz[c] = total.dz;
-          f.sum_dz_xhat[c] = xhat_sum(total, f.statistics, f.affine.eps, v.m, c);
+          f.sum_dz_xhat[c] = channels[c].xhat_sum(total, f.statistics, c);
+          channels[c].backward(f.statistics, c, total.dz / count, f.sum_dz_xhat[c] / count);
         });
-        const double count = (double)p.shape.count();
-        coefficients.fill(j0, j1, [&](int64_t c) {
-          Channel<C> v;
-          v.forward(f.statistics, f.affine, c);
-          v.backward(f.statistics, f.affine, c, f.sum_dz[c] / count, f.sum_dz_xhat[c] / count);
-          return v;
-        });
+        coefficients.fill(j0, j1, coefficient);
       },
       [&](int64_t j0, int64_t j1, int64_t i) {
-        column_pieces<T>(k, j0, j1, i, stream, {(T*)f.dx, (T*)f.dz},
-                         [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
-          loops.columns(dy + o, x + o, loops.residual ? residual + o : nullptr, gate(row, j0),
-                        out.first, out.second, len, coefficients.refer(j0));
-        });
+        column_pieces<T>(
+            k, j0, j1, i, stream, {(T*)f.dx, (T*)f.dz},
+            [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
+              loops.columns(dy + o, x + o, moved(residual, o), gate(row, j0), out.first, out.second,
+                            len, coefficients.refer(j0));
+            },
+            // Two inputs keep the memory busy by themselves.
+            [](int64_t, int64_t) {});
       });
 }
 

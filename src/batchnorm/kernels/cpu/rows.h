@@ -1,24 +1,71 @@
-// The inner loops, over runs of contiguous elements. Included once per instruction set.
+// The inner loops. Included once per instruction set.
 //
-// Coefficients are one value per run in planes and one per element in columns (Columns = true);
-// their arrays are padded to a full vector.
+// Planes: runs of neighbouring channels, contiguous, of one length; a channel's coefficients are one
+// value each. Columns: rows, a coefficient per element; their arrays are padded to a full vector.
 
 namespace batchnorm::BATCHNORM_ISA {
 
-template <class C>
-struct Coefficients {
-  const C* m;  // d = x - m
-  const C* a;  // z = fma(d, a, b)
-  const C* b;
-  const C* k;  // dx = a * (dz + fma(d, k, c))
-  const C* c;
+struct Sums {
+  double dz = 0, dz_d = 0;
+  void merge(const Sums& o) { dz += o.dz; dz_d += o.dz_d; }
 };
 
-template <class S, bool Columns>
-inline typename S::V at(const typename S::C* p, int64_t i) {
-  if constexpr (Columns) return S::load_c(p + i);
-  else return S::set(*p);
-}
+// The coefficients of a channel, rounded once from float64:
+//   d = x - m,  z = fma(d, a, b),  dx = a * (dz + fma(d, k, c))
+template <class C>
+struct Channel {
+  C m, a, b, k, c;
+  double inverse;  // 1 / sigma
+  void forward(const Statistics& s, const Affine& f, int64_t i) {
+    inverse = 1 / std::sqrt(s.var[i] + f.eps);
+    const double scale = (f.weight ? f.weight[i] : 1.0) * inverse;
+    m = (C)s.mean[i];
+    a = (C)scale;
+    b = (C)((f.bias ? f.bias[i] : 0.0) - (s.mean[i] - (double)m) * scale);
+    k = c = 0;
+  }
+  // dx = a (dz - mean_dz - xhat mean_dz_xhat), xhat = (d - (mean - m)) / sigma
+  void backward(const Statistics& s, int64_t i, double mean_dz, double mean_dz_xhat) {
+    const double slope = mean_dz_xhat * inverse;
+    k = (C)-slope;
+    c = (C)((s.mean[i] - (double)m) * slope - mean_dz);
+  }
+  // sum of dz * xhat from the sum of dz * d.
+  double xhat_sum(const Sums& sums, const Statistics& s, int64_t i) const {
+    return (sums.dz_d - (s.mean[i] - (double)m) * sums.dz) * inverse;
+  }
+};
+
+// The same for a row of columns.
+template <class C>
+struct Coefficients {
+  const C *m, *a, *b, *k, *c;
+};
+
+// The coefficients as vectors: of one channel, held in registers, or of the columns from i on.
+template <class S>
+struct OfChannel {
+  using V = typename S::V;
+  explicit OfChannel(const Channel<typename S::C>& v)
+      : vm(S::set(v.m)), va(S::set(v.a)), vb(S::set(v.b)), vk(S::set(v.k)), vc(S::set(v.c)) {}
+  V m(int64_t) const { return vm; }
+  V a(int64_t) const { return va; }
+  V b(int64_t) const { return vb; }
+  V k(int64_t) const { return vk; }
+  V c(int64_t) const { return vc; }
+  V vm, va, vb, vk, vc;
+};
+template <class S>
+struct OfColumns {
+  using V = typename S::V;
+  explicit OfColumns(const Coefficients<typename S::C>& p) : p(p) {}
+  V m(int64_t i) const { return S::load_c(p.m + i); }
+  V a(int64_t i) const { return S::load_c(p.a + i); }
+  V b(int64_t i) const { return S::load_c(p.b + i); }
+  V k(int64_t i) const { return S::load_c(p.k + i); }
+  V c(int64_t i) const { return S::load_c(p.c + i); }
+  const Coefficients<typename S::C>& p;
+};
 
 inline void store_bits(uint8_t* gate, int64_t i, uint32_t bits, int n) {
   const int bytes = (n + 7) / 8;
@@ -53,13 +100,11 @@ inline void store(T* p, typename S::V v, N n) {
   else S::store(p, v);
 }
 
-template <class T, Activation A, bool Columns, bool Residual, bool Gate>
-void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len,
-                   Coefficients<typename Simd<T>::C> p) {
+template <class T, Activation A, bool Residual, bool Gate, class Of>
+inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, const Of& of) {
   using S = Simd<T>;
   each_vector<S::W>(len, [&](int64_t i, auto n) {
-    auto z = S::fma(load<S>(x + i, n) - at<S, Columns>(p.m, i), at<S, Columns>(p.a, i),
-                    at<S, Columns>(p.b, i));
+    auto z = S::fma(load<S>(x + i, n) - of.m(i), of.a(i), of.b(i));
     if constexpr (Residual) z += load<S>(r + i, n);
     if constexpr (Gate) store_bits(gate, i, S::bits(Act<S, A>::pass(z)) & ((1u << n) - 1), n);
     store<S>(y + i, Act<S, A>::forward(z), n);
@@ -67,34 +112,34 @@ void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len,
 }
 
 // The derivative at z, found as P says.
-template <class S, Activation A, Preactivation P, bool Columns, class T, class N>
+template <class S, Activation A, Preactivation P, class Of, class T, class N>
 inline typename S::V gradient(typename S::V dy, typename S::V d, const T* r, const uint8_t* gate,
-                              const Coefficients<typename S::C>& p, int64_t i, N n) {
+                              const Of& of, int64_t i, N n) {
   if constexpr (A == Activation::none) return dy;
   else if constexpr (P == Preactivation::from_gate) {
     return Act<S, A>::masked(dy, S::mask(load_bits(gate, i, n)));
   } else {
-    auto z = S::fma(d, at<S, Columns>(p.a, i), at<S, Columns>(p.b, i));
+    auto z = S::fma(d, of.a(i), of.b(i));
     if constexpr (P == Preactivation::from_residual) z += load<S>(r + i, n);
     return Act<S, A>::backward(dy, z);
   }
 }
 
 // Either output may be null: the branch is the same for every element.
-template <class T, Activation A, Preactivation P, bool Columns>
-void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz_out, int64_t len,
-               Coefficients<typename Simd<T>::C> p) {
+template <class T, Activation A, Preactivation P, class Of>
+inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz_out,
+                      int64_t len, const Of& of) {
   using S = Simd<T>;
   each_vector<S::W>(len, [&](int64_t i, auto n) {
-    const auto d = load<S>(x + i, n) - at<S, Columns>(p.m, i);
-    const auto dz = gradient<S, A, P, Columns>(load<S>(dy + i, n), d, r, gate, p, i, n);
+    const auto d = load<S>(x + i, n) - of.m(i);
+    const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
     if (dz_out) store<S>(dz_out + i, dz, n);
-    if (dx) {
-      const auto inner = S::fma(d, at<S, Columns>(p.k, i), at<S, Columns>(p.c, i));
-      store<S>(dx + i, at<S, Columns>(p.a, i) * (dz + inner), n);
-    }
+    if (dx) store<S>(dx + i, of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), n);
   });
 }
+
+template <class T>
+inline T* moved(T* p, int64_t by) { return p ? p + by : p; }
 
 // Sums of one channel: float lanes over a block, the block into float64.
 template <class S>
@@ -106,11 +151,13 @@ struct Lanes {
   }
 };
 
-// step(i, n, s, q) adds elements [i, i + n) to the accumulators; four of them hide the latency.
+// step(i, n, s, q) adds elements [i, i + n) to the accumulators; four of them hide the latency. They
+// are a copy, as nothing else may alias what is to stay in registers.
 template <class S, class Step>
-inline void accumulate(int64_t len, Lanes<S>& l, Step step) {
+inline void accumulate(int64_t len, Lanes<S>& lanes, Step step) {
   constexpr int W = S::W;
   constexpr std::integral_constant<int, W> full;
+  Lanes<S> l = lanes;
   int64_t i = 0;
   for (; i + 4 * W <= len; i += 4 * W) {
     step(i, full, l.s[0], l.q[0]);
@@ -122,6 +169,7 @@ inline void accumulate(int64_t len, Lanes<S>& l, Step step) {
   if (i + W <= len) { step(i, full, l.s[1], l.q[1]); i += W; }
   if (i + W <= len) { step(i, full, l.s[2], l.q[2]); i += W; }
   if (i < len) step(i, (int)(len - i), l.s[3], l.q[3]);
+  lanes = l;
 }
 
 template <class T>
@@ -136,27 +184,28 @@ inline void moments_run(const T* x, int64_t len, typename Simd<T>::C shift, Lane
 }
 
 template <class T, Activation A, Preactivation P>
-void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t len,
-              Coefficients<typename Simd<T>::C> p,
-              Lanes<Simd<T>>& lanes) {
+inline void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t len,
+                     const Channel<typename Simd<T>::C>& channel, Lanes<Simd<T>>& lanes) {
   using S = Simd<T>;
-  const auto m = S::set(*p.m);
+  const OfChannel<S> of(channel);
   accumulate<S>(len, lanes, [&](int64_t i, auto n, auto& s, auto& q) {
-    const auto d = load<S>(x + i, n, *p.m) - m;
-    const auto dz =
-        gradient<S, A, P, false>(load<S>(dy + i, n), d, r, gate, p, i, n);
+    const auto d = load<S>(x + i, n, channel.m) - of.vm;
+    const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
     s += dz;
     q = S::fma(dz, d, q);
   });
 }
 
 // Sums of many channels: rows in groups of at most Rows, so that each accumulator is loaded and
-// stored once a group.
-template <int Rows, class S, class Step>
+// stored once a group. A group is as many streams as rows, too short for the processor to see them
+// coming: ahead(row, j) asks for the next group's lines.
+template <int Rows, class S, class Step, class Ahead>
 inline void accumulate_columns(int64_t rows, int64_t width, typename S::C* s, typename S::C* q,
-                               Step step) {
+                               Step step, Ahead ahead) {
   auto group = [&](int64_t row, auto count) {
     each_vector<S::W>(width, [&](int64_t j, auto n) {
+      if (j % (2 * S::W) == 0)
+        for (int u = 0; u < count; ++u) ahead(row + Rows + u, j);
       auto vs = S::load_c(s + j), vq = S::load_c(q + j);
       for (int u = 0; u < count; ++u) step(row + u, j, n, vs, vq);
       S::store_c(s + j, vs);
@@ -177,7 +226,7 @@ inline void moments_columns(const T* x, int64_t ld, int64_t rows, int64_t width,
     const auto d = load<S>(x + row * ld + j, n) - S::load_c(shift + j);
     vs += d;
     vq = S::fma(d, d, vq);
-  });
+  }, [&](int64_t row, int64_t j) { fetch(x + row * ld + j, 1); });
 }
 
 template <class T, Activation A, Preactivation P>
@@ -186,30 +235,48 @@ void sums_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, int6
                   Coefficients<typename Simd<T>::C> p,
                   typename Simd<T>::C* s, typename Simd<T>::C* q) {
   using S = Simd<T>;
+  const OfColumns<S> of(p);
   accumulate_columns<4, S>(rows, width, s, q, [&](int64_t row, int64_t j, auto n, auto& vs, auto& vq) {
     const int64_t o = row * ld;
-    const auto d = load<S>(x + o + j, n) - S::load_c(p.m + j);
-    const auto dz = gradient<S, A, P, true>(load<S>(dy + o + j, n), d,
-                                            r ? r + o : r, gate ? gate + row * gate_ld : gate, p, j,
-                                            n);
+    const auto d = load<S>(x + o + j, n) - of.m(j);
+    const auto dz = gradient<S, A, P>(load<S>(dy + o + j, n), d, moved(r, o),
+                                      moved(gate, row * gate_ld), of, j, n);
     vs += dz;
     vq = S::fma(dz, d, vq);
+  }, [&](int64_t row, int64_t j) {
+    fetch(x + row * ld + j, 1);
+    fetch(dy + row * ld + j, 1);
   });
 }
 
 // The loops of one type, activation and source of z, behind pointers: the drivers are compiled
-// once per type.
+// once per type. In planes, `runs` runs of neighbouring channels, each with its row of the gate.
 template <class T>
 struct ForwardLoops {
-  using C = typename Simd<T>::C;
-  using Run = void(const T*, const T*, T*, uint8_t*, int64_t, Coefficients<C>);
-  Run *planes, *columns;
+  using S = Simd<T>;
+  using C = typename S::C;
+  using Planes = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
+                      int64_t runs, const Channel<C>* channels);
+  using Columns = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Coefficients<C>);
+  Planes* planes;
+  Columns* columns;
   bool residual, gate;
 
   template <Activation A, bool Residual, bool Gate>
+  static void in_planes(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
+                        int64_t runs, const Channel<C>* channels) {
+    for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
+      normalize_run<T, A, Residual, Gate>(x + o, moved(r, o), y + o, moved(gate, c * gate_row), len,
+                                          OfChannel<S>(channels[c]));
+  }
+  template <Activation A, bool Residual, bool Gate>
+  static void in_columns(const T* x, const T* r, T* y, uint8_t* gate, int64_t len,
+                         Coefficients<C> p) {
+    normalize_run<T, A, Residual, Gate>(x, r, y, gate, len, OfColumns<S>(p));
+  }
+  template <Activation A, bool Residual, bool Gate>
   static ForwardLoops of() {
-    return {normalize_run<T, A, false, Residual, Gate>, normalize_run<T, A, true, Residual, Gate>,
-            Residual, Gate};
+    return {in_planes<A, Residual, Gate>, in_columns<A, Residual, Gate>, Residual, Gate};
   }
 };
 
@@ -217,21 +284,48 @@ template <class T>
 struct BackwardLoops {
   using S = Simd<T>;
   using C = typename S::C;
-  using Sums = void(const T*, const T*, const T*, const uint8_t*, int64_t, Coefficients<C>,
-                    Lanes<S>&);
+  using Sums = void(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t len,
+                    int64_t gate_row, int64_t runs, int64_t ld, const Channel<C>*, Lanes<S>*);
   using ColumnSums = void(const T*, const T*, const T*, const uint8_t*, int64_t, int64_t, int64_t,
                           int64_t, Coefficients<C>, C*, C*);
-  using Apply = void(const T*, const T*, const T*, const uint8_t*, T*, T*, int64_t,
-                     Coefficients<C>);
+  using Planes = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
+                      int64_t len, int64_t gate_row, int64_t runs, const Channel<C>*);
+  using Columns = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
+                       int64_t len, Coefficients<C>);
   Sums* sums;
   ColumnSums* column_sums;
-  Apply *planes, *columns;
+  Planes* planes;
+  Columns* columns;
   bool residual, gate;
 
+  // The runs are ld elements apart: where a block is part of a row, more than their length.
+  template <Activation A, Preactivation P>
+  static void sums_in_planes(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t len,
+                             int64_t gate_row, int64_t runs, int64_t ld, const Channel<C>* channels,
+                             Lanes<S>* lanes) {
+    for (int64_t c = 0, o = 0; c < runs; ++c, o += ld)
+      sums_run<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row), len, channels[c],
+                        lanes[c]);
+  }
+  template <Activation A, Preactivation P>
+  static void in_planes(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
+                        int64_t len, int64_t gate_row, int64_t runs, const Channel<C>* channels) {
+    for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
+      apply_run<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row), moved(dx, o),
+                         moved(dz, o), len, OfChannel<S>(channels[c]));
+  }
+  template <Activation A, Preactivation P>
+  static void in_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
+                         int64_t len, Coefficients<C> p) {
+    apply_run<T, A, P>(dy, x, r, gate, dx, dz, len, OfColumns<S>(p));
+  }
   template <Activation A, Preactivation P>
   static BackwardLoops of() {
-    return {sums_run<T, A, P>, sums_columns<T, A, P>, apply_run<T, A, P, false>,
-            apply_run<T, A, P, true>, P == Preactivation::from_residual,
+    return {sums_in_planes<A, P>,
+            sums_columns<T, A, P>,
+            in_planes<A, P>,
+            in_columns<A, P>,
+            P == Preactivation::from_residual,
             P == Preactivation::from_gate};
   }
 };

@@ -101,7 +101,8 @@ struct OfDouble {
 template <class T>
 struct Simd;
 
-// Tails go through a full vector on the stack; only AVX-512 has a cheaper way worth its lines.
+// Tails go through a full vector on the stack, which waits for its parts to arrive there: on short
+// rows that costs more than the row, so AVX2 and AVX-512 have their own.
 template <class S, class T>
 inline typename S::V load_some(const T* p, int n, typename S::C fill) {
   typename S::C lane[S::W];
@@ -117,6 +118,39 @@ inline void store_some(T* p, typename S::V v, int n) {
   S::store(some, v);
   std::memcpy(p, some, n * sizeof(T));
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline __m256i first_lanes(int n) {
+  static const int32_t lanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256((const __m256i*)(lanes + 8 - n));
+}
+// The first n of eight 32-bit lanes.
+inline void store_lanes(float* p, __m256 v, int n) {
+  __m128 half = _mm256_castps256_ps128(v);
+  if (n & 4) { _mm_storeu_ps(p, half); half = _mm256_extractf128_ps(v, 1); p += 4; }
+  if (n & 2) { _mm_storel_pi((__m64*)p, half); half = _mm_movehl_ps(half, half); p += 2; }
+  if (n & 1) _mm_store_ss(p, half);
+}
+// The first n of eight 16-bit lanes.
+inline __m128i load_shorts(const void* from, int n) {
+  const char* p = (const char*)from;
+  uint64_t low = 0, high = 0;
+  uint16_t one = 0;
+  uint32_t two = 0;
+  int at = 0;
+  uint64_t* into = &low;
+  if (n & 4) { std::memcpy(&low, p, 8); p += 8; into = &high; }
+  if (n & 2) { std::memcpy(&two, p, 4); p += 4; *into |= two; at = 32; }
+  if (n & 1) { std::memcpy(&one, p, 2); *into |= (uint64_t)one << at; }
+  return _mm_set_epi64x((int64_t)high, (int64_t)low);
+}
+inline void store_shorts(void* to, __m128i v, int n) {
+  char* p = (char*)to;
+  uint64_t part = (uint64_t)_mm_cvtsi128_si64(v);
+  if (n & 4) { std::memcpy(p, &part, 8); p += 8; part = (uint64_t)_mm_extract_epi64(v, 1); }
+  if (n & 2) { std::memcpy(p, &part, 4); p += 4; part >>= 32; }
+  if (n & 1) std::memcpy(p, &part, 2);
+}
+#endif
 
 template <>
 struct Simd<float> : OfFloat {
@@ -129,6 +163,12 @@ struct Simd<float> : OfFloat {
   static void store_n(float* p, V v, int n) {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
   }
+#elif defined(__AVX2__)
+  static V load_n(const float* p, int n, float fill) {
+    const __m256i lanes = first_lanes(n);
+    return (I)lanes ? (V)_mm256_maskload_ps(p, lanes) : set(fill);
+  }
+  static void store_n(float* p, V v, int n) { store_lanes(p, (__m256)v, n); }
 #else
   static V load_n(const float* p, int n, float fill) { return load_some<Simd>(p, n, fill); }
   static void store_n(float* p, V v, int n) { store_some<Simd>(p, v, n); }
@@ -164,6 +204,11 @@ struct Simd<bf16> : OfFloat {
   static void store_n(bf16* p, V v, int n) {
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)narrow(v));
   }
+#elif defined(__AVX2__)
+  static V load_n(const bf16* p, int n, float fill) {
+    return (I)first_lanes(n) ? widen((vu16)load_shorts(p, n)) : set(fill);
+  }
+  static void store_n(bf16* p, V v, int n) { store_shorts(p, (__m128i)narrow(v), n); }
 #else
   static V load_n(const bf16* p, int n, float fill) { return load_some<Simd>(p, n, fill); }
   static void store_n(bf16* p, V v, int n) { store_some<Simd>(p, v, n); }
@@ -192,8 +237,17 @@ struct Simd<f16> : OfFloat {
     for (int i = 0; i < W; ++i) { const _Float16 h = (_Float16)v[i]; std::memcpy(p + i, &h, 2); }
   }
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static V load_n(const f16* p, int n, float fill) {
+    return (I)first_lanes(n) ? (V)_mm256_cvtph_ps(load_shorts(p, n)) : set(fill);
+  }
+  static void store_n(f16* p, V v, int n) {
+    store_shorts(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT), n);
+  }
+#else
   static V load_n(const f16* p, int n, float fill) { return load_some<Simd>(p, n, fill); }
   static void store_n(f16* p, V v, int n) { store_some<Simd>(p, v, n); }
+#endif
 };
 
 // Copies a finished piece past the caches: an ordinary store would first read the line it
@@ -221,6 +275,11 @@ inline void stream_out(void* to, const void* from, int64_t bytes) {
 #else
   std::memcpy(to, from, bytes);
 #endif
+}
+
+// Asks for what will be read next, while this core writes.
+inline void fetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
 // Streamed stores are weakly ordered: a thread fences before it reports its work done.
