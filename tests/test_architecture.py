@@ -36,7 +36,7 @@ MAY_USE = {
     "__main__": {"cli"},
 }
 # Small modules that stand alone and that any part may use.
-LEAVES = {"extras"}
+LEAVES = {"extras", "weights"}
 
 
 def modules():

@@ -21,6 +21,20 @@ def test_code_of_the_readme_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_code_of_the_guide_to_transforms_runs() -> None:
+    """Its parts build on each other."""
+    text = (ROOT / "docs" / "transforms.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    exec(compile(code, "docs/transforms.md", "exec"), {})
+
+
+def test_the_guide_to_transforms_names_every_verb() -> None:
+    from batchnorm import _HOMES
+
+    text = (ROOT / "docs" / "transforms.md").read_text()
+    assert [name for name in _HOMES if f"`{name}`" not in text] == []
+
+
 def test_links_of_the_documents_lead_somewhere() -> None:
     for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):

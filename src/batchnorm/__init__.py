@@ -32,6 +32,7 @@ __all__ = [
     "nn",
     "parameter_groups",
     "recalibrate",
+    "replace",
     "revert",
     "strip_bias",
     "synchronize",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from batchnorm.transforms.import_statistics import import_statistics
     from batchnorm.transforms.parameter_groups import parameter_groups
     from batchnorm.transforms.recalibrate import recalibrate
+    from batchnorm.transforms.replace import replace
     from batchnorm.transforms.strip_bias import strip_bias
     from batchnorm.transforms.synchronize import desynchronize, synchronize
     from batchnorm.transforms.zero_gamma import zero_gamma
@@ -84,6 +86,7 @@ _HOMES = {
     "import_statistics": "transforms.import_statistics",
     "parameter_groups": "transforms.parameter_groups",
     "recalibrate": "transforms.recalibrate",
+    "replace": "transforms.replace",
     "revert": "transforms.convert",
     "strip_bias": "transforms.strip_bias",
     "synchronize": "transforms.synchronize",

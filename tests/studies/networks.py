@@ -129,3 +129,25 @@ def not_finite() -> tuple[object, object]:
 
 
 constant = 3
+
+
+def trained() -> nn.Module:
+    """Statistics as after a few steps, far from where they end."""
+    torch.manual_seed(0)
+    model = normalized()
+    for _ in range(3):
+        model(torch.rand(32, 1, 8, 8))
+    return model
+
+
+def branching() -> nn.Module:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return self.bn(y) if y.sum() > 0 else y
+
+    return Branching()

@@ -503,3 +503,56 @@ def test_a_folded_network_exports():
     program = torch.export.export(model, (x,))
     assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), y)
+
+
+class Deciding(nn.Module):
+    def __init__(self, decide):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("flag", torch.tensor(True))
+        self.decide = decide
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) if self.decide(self, x, y) else y
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda m, x, y: y.sum() > 0,
+        lambda m, x, y: y.isfinite().all().item(),
+        lambda m, x, y: int(x.argmax()) % 2 == 0,
+        lambda m, x, y: not torch.equal(x, x.flip(0)),
+        lambda m, x, y: x.mean().tolist() < 9,
+    ],
+    ids=range(5),
+)
+def test_a_network_that_decides_on_values_is_refused(decide):
+    """Another input could take another way, on which the folded weights are wrong."""
+    model = trained(nn.Sequential(Deciding(decide)))
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    with pytest.raises(ValueError, match=r"decides on values of its input \(test_fold.py:\d+\)"):
+        fold(model, draw(2, 3, 5, 5))
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def test_who_decides_is_named():
+    class Inner(Deciding):
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) if y.sum() > 0 else y
+
+    with pytest.raises(ValueError, match=r"^1 decides on values"):
+        fold(trained(nn.Sequential(nn.Tanh(), Inner(None))), draw(2, 3, 5, 5))
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [lambda m, x, y: len(x) < 9 and y.dim() == 4, lambda m, x, y: m.flag],
+    ids=["shape", "own buffer"],
+)
+def test_other_decisions_are_the_examples(decide):
+    assert_folded(trained(Deciding(decide)), draw(2, 3, 5, 5), layers=["bn"])

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from batchnorm import __version__
 from batchnorm.cli.commands import compare, info, report
 from batchnorm.cli.lists import join_commas, split_commas
+from batchnorm.cli.transform_commands import CommandError, convert, fold, recalibrate
 from batchnorm.extras import MissingExtraError
 from batchnorm.records import RecordError
 from batchnorm.studies.settings import SettingsError, problems
@@ -33,6 +34,9 @@ app = App(
 )
 app.command(compare)
 app.command(report)
+app.command(convert)
+app.command(fold)
+app.command(recalibrate)
 app.command(info)
 # Every study has settings of its own; they are read when one is asked for.
 app.command(App(name="study", help="Run an experiment of the papers and judge its claims."))
@@ -55,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _fail(invalid, USAGE)
     except (SettingsError, MissingExtraError) as error:
         code = _fail(str(error), USAGE)
-    except RecordError as error:
+    except (RecordError, CommandError) as error:
         code = _fail(str(error), FAILURE)
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -191,7 +191,7 @@ def info(*, json: Annotated[bool, Parameter(negative="")] = False) -> int:
     extras: dict[str, Any] = {}
     for package in (
         *("scikit-learn", "mlxtend", "datasets", "pyarrow", "matplotlib"),
-        *("distributed", "submitit"),
+        *("distributed", "submitit", "safetensors"),
     ):
         try:
             extras[package] = metadata.version(package)

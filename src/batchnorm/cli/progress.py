@@ -20,29 +20,62 @@ from rich.text import Text
 
 from batchnorm.studies.settings import CellBase
 
-__all__ = ["TerminalListener"]
+__all__ = ["Bar", "TerminalListener"]
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} steps/s" if task.speed else "", style="progress.data.speed")
+        text = f"{task.speed:.0f} {self._unit}/s" if task.speed else ""
+        return Text(text, style="progress.data.speed")
+
+
+def _progress(unit: str, *, quiet: bool) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+        transient=True,
+    )
+
+
+class Bar:
+    """Shows how many of a number of things are done, how fast, and the time left."""
+
+    def __init__(self, text: str, unit: str, *, quiet: bool) -> None:
+        self._progress = _progress(unit, quiet=quiet)
+        self._task = self._progress.add_task(text, total=None)
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
 
 
 class TerminalListener:
     """Shows which cell is being trained, how fast, and the time left."""
 
     def __init__(self, *, quiet: bool) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal,
-            transient=True,
-        )
+        self._progress = _progress("steps", quiet=quiet)
         self._task: TaskID | None = None
         self._cells = self._cell = 0
 

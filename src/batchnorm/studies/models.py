@@ -8,7 +8,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from batchnorm.transforms.dataflow import LINEAR_TYPES, preserved
 from batchnorm.transforms.insert import insert
 from batchnorm.transforms.replace import replace
 
-__all__ = ["MODELS", "Arm", "build_arm"]
+__all__ = ["MODELS", "Arm", "build_arm", "called"]
 
 Shape = tuple[int, ...]
 _Parts = dict[str, nn.Module]  # named modules, one after the other
@@ -258,7 +257,13 @@ def _copy_shared(source: nn.Module, target: nn.Module) -> int:
     return len(shared)
 
 
-def _called(name: str, make: Callable[..., Any], **arguments: str) -> nn.Module:
+def called(name: str, **arguments: str) -> nn.Module:
+    """Make the network of a ``module:callable``.
+
+    Raises:
+        CallableError: it cannot be found, failed, or returned something else.
+    """
+    make = load_callable("model", name)
     try:
         model = make(**arguments)
     except Exception as error:
@@ -299,21 +304,20 @@ def _own(settings: CellSettings, task: Task) -> Arm:
                 f"{option}={getattr(settings, option)!r} is for the built-in networks; "
                 f"model={name!r} decides that itself. Leave it out."
             )
-    make = load_callable("model", name)
-    takes_norm = "norm" in inspect.signature(make).parameters
-    model = _called(name, make, norm=norm) if takes_norm else _called(name, make)
+    takes_norm = "norm" in inspect.signature(load_callable("model", name)).parameters
+    model = called(name, norm=norm) if takes_norm else called(name)
     _check_fits(name, model, task)
     example, changes = task.train.x[:2], []
     try:
         if takes_norm:
             torch.manual_seed(settings.seed)
-            copied = _copy_shared(_called(name, make, norm="none"), model)
+            copied = _copy_shared(called(name, norm="none"), model)
             changes.append(
                 f"built by {name} with norm={norm!r}; "
                 f"{copied} parameters start as in the network with norm='none'"
             )
         elif _has_batch_norm(model):
-            changes = [] if norm == "batch" else replace(model, norm, example)
+            changes = [] if norm == "batch" else replace(model, norm, example).changes
         else:
             changes = [] if norm == "none" else insert(model, norm, example)
     except ValueError as error:

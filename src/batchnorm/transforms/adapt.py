@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.nn.statistics import Sync
 from batchnorm.transforms.dataflow import preserved
-from batchnorm.transforms.layers import batch_norms
+from batchnorm.transforms.layers import batch_norms, require_finite
 from batchnorm.transforms.recalibrate import alone, left_alone, run
 
 __all__ = ["Adaptation", "adapt"]
@@ -71,7 +72,8 @@ def adapt(
         The way back: ``reset()``.
 
     Raises:
-        ValueError: As :func:`recalibrate`, ``prior`` is negative, no γ or β can learn, the
+        ValueError: As :func:`recalibrate`, ``prior`` or ``entropy_lr`` is out of range, a
+            statistic that would be mixed is not finite, no γ or β can learn, the
             entropy is not finite, or the loader can be run through only once but is needed
             twice. Nothing is changed then.
         TypeError: As :func:`recalibrate`, or what the network returns is not one tensor.
@@ -91,8 +93,10 @@ def adapt(
         Mixture: Schneider et al. 2020, arXiv 2006.16971. Entropy: Wang et al. 2021, *TENT*,
         arXiv 2006.10726, whose statistics are those of each batch.
     """
-    if not prior >= 0:
+    if not 0 <= prior < math.inf:
         raise ValueError(f"prior must be 0 or more samples, got {prior}")
+    if entropy_lr is not None and not 0 < entropy_lr < math.inf:
+        raise ValueError(f"entropy_lr must be above 0 and finite, or None, got {entropy_lr}")
     if entropy_lr is not None and iter(loader) is loader:
         raise ValueError(
             "the loader can be run through only once, but γ and β are adapted first and the "
@@ -100,6 +104,8 @@ def adapt(
         )
     adaptation = Adaptation(model)
     layers = batch_norms(model)
+    if prior:
+        require_finite({n: layer for n, layer in layers.items() if not left_alone(model, layer)})
     source = {
         name: (layer.running_mean.double().clone(), layer.running_var.double().clone())
         for name, layer in layers.items()
@@ -108,7 +114,13 @@ def adapt(
 
     def counted() -> Iterator[Any]:
         for batch in loader:
-            first = next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+            tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+            first = next(tensors, None)
+            if first is None:
+                raise TypeError(
+                    f"a batch, a {type(batch).__name__}, holds no tensor, so that its samples "
+                    "cannot be counted; have the loader yield tensors"
+                )
             adaptation.samples += len(first)
             yield batch
 
@@ -122,7 +134,10 @@ def adapt(
                 buffers = (layers[name].running_mean, layers[name].running_var)
                 for buffer, old in zip(buffers, source[name], strict=True):
                     assert buffer is not None
-                    buffer.copy_(keep * old + (1 - keep) * buffer.double())
+                    mixed = buffer.double()
+                    if prior:  # 0 keeps nothing, not even what is not finite
+                        mixed = keep * old + (1 - keep) * mixed
+                    buffer.copy_(mixed)
     except BaseException:
         adaptation.reset()
         raise

@@ -49,7 +49,8 @@ def average(
         forward: As in :func:`recalibrate`.
 
     Raises:
-        ValueError: An argument is wrong, the snapshots are not of this network, or as
+        ValueError: An argument is wrong, the snapshots are not of this network or average to
+            what is not finite, or as
             :func:`recalibrate`. Nothing is changed then.
 
     Example:
@@ -104,6 +105,12 @@ def average(
                     mean = torch.zeros_like(value, dtype=torch.float64)
                     for share, snapshot in zip(shares, snapshots, strict=True):
                         mean.add_(snapshot[name].to(mean), alpha=share)
+                kept = name in parameters or statistics != "recompute"
+                if kept and value.is_floating_point() and not mean.isfinite().all():
+                    raise ValueError(
+                        f"the average of {name} is not finite; leave out the snapshot where it is "
+                        "not"
+                    )
                 value.copy_(mean)
         if loader is not None:
             recalibrate(model, loader, forward=forward)

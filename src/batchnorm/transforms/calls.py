@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from batchnorm.transforms.dataflow import LINEAR_TYPES, preserved
 from batchnorm.transforms.freeze import is_freezing
@@ -61,6 +63,12 @@ _DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha
 _ABOUT = frozenset({
     "dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "storage_offset",
     "is_contiguous", "is_floating_point", "is_complex", "get_device", "__len__", "__hash__",
+})  # fmt: skip
+
+# What takes values out of tensors, for Python to decide upon.
+_DECIDING = frozenset({
+    "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__", "item", "tolist",
+    "numpy", "equal", "allclose", "is_nonzero",
 })  # fmt: skip
 
 
@@ -125,9 +133,16 @@ class _Value:
 
 
 class _Follower(TorchFunctionMode):
-    def __init__(self, owners: dict[int, set[nn.Module]]) -> None:
+    def __init__(
+        self,
+        owners: dict[int, set[nn.Module]],
+        names: dict[nn.Module, str],
+        example: list[Tensor],
+    ) -> None:
         super().__init__()
         self.owners = owners
+        self.names = names
+        self.of_example = WeakIdKeyDictionary(dict.fromkeys(example))
         self.values: dict[int, _Value] = {}
         self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self.inside: list[tuple[Call, list[Any]]] = []  # tracked modules that run, their functions
@@ -150,6 +165,12 @@ class _Follower(TorchFunctionMode):
         if name in _ABOUT or (name == "__get__" and not isinstance(result, Tensor)):
             return result
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(tensor in self.of_example for tensor in tensors):
+            if name in _DECIDING:
+                raise ValueError(self._decision())
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self.of_example[leaf] = None
         running = self.inside[-1][0].module if self.inside else None
         for tensor in tensors:
             owners = self.owners.get(id(tensor), set())
@@ -169,6 +190,20 @@ class _Follower(TorchFunctionMode):
             else:
                 value.call.takers.append(name)
         return result
+
+    def _decision(self) -> str:
+        """Say that the network decides on values, and where."""
+        frame = sys._getframe(2)
+        while frame.f_back and frame.f_globals.get("__name__", "").startswith(("torch.", __name__)):
+            frame = frame.f_back
+        module = frame.f_locals.get("self")
+        name = self.names.get(module, "") if isinstance(module, nn.Module) else ""
+        place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        return (
+            f"{name or 'the network'} decides on values of its input ({place}): what it does with "
+            "others cannot be seen on an example. Change the parts without such decisions one by "
+            "one, such as model.backbone on an example of its input"
+        )
 
     def _moves(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if func in _DROPOUTS:
@@ -206,6 +241,9 @@ def follow(
         named: Named arguments.
         sample: What to keep of the output of each call.
         examine: Called with each batch norm, its input and its output.
+
+    Raises:
+        ValueError: The network decides on values, so that one run does not show what it does.
     """
     tracked = {
         module for module in model.modules() if isinstance(module, (*LINEAR_TYPES, _BatchNorm))
@@ -214,7 +252,9 @@ def follow(
     for module in tracked:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             owners.setdefault(id(tensor), set()).add(module)
-    follower = _Follower(owners)
+    names = {module: name for name, module in model.named_modules()}
+    inputs = [leaf for leaf in tree_leaves((example, named)) if isinstance(leaf, Tensor)]
+    follower = _Follower(owners, names, inputs)
     calls: dict[nn.Module, list[Call]] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

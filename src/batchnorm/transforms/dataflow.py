@@ -137,8 +137,8 @@ class preserved:
         torch.set_rng_state(self._random)
 
 
-def trace(model: nn.Module, example: Tensor) -> list[Flow]:
-    """Run ``model(example)`` in evaluation mode and say where each linear operation leads.
+def trace(model: nn.Module, *example: Any, **named: Any) -> list[Flow]:
+    """Run the network on an example in evaluation mode; say where each linear operation leads.
 
     Returns one entry for each convolution and fully connected layer that ran, in the order of
     their first call. The model is left as it was.
@@ -181,7 +181,7 @@ def trace(model: nn.Module, example: Tensor) -> list[Flow]:
         model.eval()
         stack.enter_context(torch.no_grad())
         stack.enter_context(consumers)
-        model(example)
+        model(*example, **named)
 
     return [
         Flow(names[m], m, norms.get(names[m]), names[m] in consumers.nonlinear, count)

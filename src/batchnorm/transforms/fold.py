@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.nn import batchnorm as ours
 from batchnorm.transforms.calls import (
     Calls,
     behind,
@@ -25,21 +22,11 @@ from batchnorm.transforms.calls import (
     tolerance,
 )
 from batchnorm.transforms.dataflow import preserved
-from batchnorm.transforms.layers import batch_norms
+from batchnorm.transforms.layers import batch_norms, statistics_finite
+from batchnorm.transforms.tail import tail
 
 __all__ = ["Folding", "fold"]
 
-_PLAIN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
-_OURS = {ours.BatchNorm, ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d}
-_ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {
-    None: nn.Identity,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "hardswish": nn.Hardswish,
-}
 _BEFORE = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 
 
@@ -56,6 +43,9 @@ class Folding:
     largest of them."""
     largest_difference: float
     """By how much the output of the network changed on the example, at most, absolutely."""
+
+
+_Place = tuple[nn.Module, str]  # a parent and the name of its child
 
 
 @dataclass
@@ -127,6 +117,11 @@ def fold(model: nn.Module, *example: Any, **named: Any) -> Folding:
             "folded; call model.eval() first, and train no further after folding"
         )
     names = {module: name for name, module in model.named_modules()}
+    places: dict[nn.Module, list[_Place]] = {layer: [] for layer in layers.values()}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module in places:
+                places[module].append((parent, child))
     refused: dict[str, str] = {}
     while True:
         with ExitStack() as undo:
@@ -135,7 +130,7 @@ def fold(model: nn.Module, *example: Any, **named: Any) -> Folding:
             plans: list[_Plan] = []
             while found := _find(layers, names, calls, tails, refused)[0]:
                 for plan in found:
-                    _apply(model, plan, undo)
+                    _apply(plan, places, undo)
                 plans += found
                 calls = _follow(model, example, named, tails)  # what folds now that these did
             left = _find(layers, names, calls, tails, refused)[1]
@@ -155,7 +150,8 @@ def fold(model: nn.Module, *example: Any, **named: Any) -> Folding:
                 raise ValueError(
                     f"the folded network's output differs by {largest:.1g} (largest value "
                     f"{scale:.1g}) though no layer's does: it uses its layers otherwise than by "
-                    "calling them, or is not the same from run to run"
+                    "calling them, is not the same from run to run, or lets rounding grow (fold "
+                    "model.double() then, and turn it back)"
                 )
             undo.pop_all()
             folded = {names[p.layer]: tuple(names[m] for m in p.into) for p in plans}
@@ -170,7 +166,7 @@ def _follow(
 ) -> Calls:
     def examine(layer: _BatchNorm, x: Tensor, y: Tensor) -> None:
         if layer not in tails or tails[layer] is not None:
-            tails[layer] = _tail(layer, x, y)
+            tails[layer] = tail(layer, x, y)
 
     return follow(model, example, named, _sample, examine)
 
@@ -179,26 +175,6 @@ def _sample(values: Tensor) -> Tensor:
     """Return some thousand values, of any channel and position."""
     step = values.numel() // 4096 | 1  # odd, against the powers of 2 that shapes are made of
     return values.detach().flatten()[::step].clone()
-
-
-def _tail(layer: _BatchNorm, x: Tensor, y: Tensor) -> nn.Module | None:
-    """Return what a layer does after normalising, or None if that cannot be said."""
-    if type(layer) in _PLAIN:
-        return nn.Identity()
-    if type(layer) in _OURS:
-        return _ACTIVATIONS[layer.activation]()  # type: ignore[index]
-    if layer.running_mean is None or layer.training:
-        return None
-    tail = nn.Sequential(*layer.children()).eval() if len(layer._modules) else nn.Identity()
-    plain = F.batch_norm(
-        *(x, layer.running_mean, layer.running_var, layer.weight, layer.bias), eps=layer.eps
-    )
-    guess = tail(plain)
-    near = tolerance(x)
-    same = guess.shape == y.shape and torch.allclose(
-        guess, y, rtol=0, atol=near * float(y.abs().max())
-    )
-    return tail if same else None
 
 
 def _find(
@@ -212,38 +188,37 @@ def _find(
     plans, left = [], {}
     for name, layer in layers.items():
         reason = refused.get(name) or _unsuitable(layer, calls)
-        tail = tails.get(layer)
-        if not reason and tail is None:
+        after = tails.get(layer)
+        if not reason and after is None:
             reason = f"is a {type(layer).__name__}, which does more than normalise"
         if reason:
             left[name] = reason
             continue
-        assert tail is not None
+        assert after is not None
         into = behind(layer, names, calls)
         if not isinstance(into, str):
-            plans.append(_Plan(layer, into, tail, None))
+            plans.append(_Plan(layer, into, after, None))
             continue
         front = (
             _in_front(layer, names, calls)
-            if isinstance(tail, nn.Identity)
+            if isinstance(after, nn.Identity)
             else "its activation stands before what takes its output"
         )
         if isinstance(front, str):
             left[name] = f"{into}; {front}"
         else:
-            plans.append(_Plan(layer, list(front), tail, front))
+            plans.append(_Plan(layer, list(front), after, front))
     return plans, left
 
 
 def _unsuitable(layer: _BatchNorm, calls: Calls) -> str:
-    mean, var = layer.running_mean, layer.running_var
     if layer not in calls.of:
         return "does not run on the example"
     if layer.training:
         return "is in training mode; call its eval()"
-    if mean is None or var is None:
+    if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics, so that it uses the batch"
-    if not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
+    if not statistics_finite(layer):
         return "has running statistics that are not finite or a negative variance; recalibrate it"
     return reserved(layer, calls)
 
@@ -292,7 +267,7 @@ def _pads(module: nn.Module) -> str:
     return ""
 
 
-def _apply(model: nn.Module, plan: _Plan, undo: ExitStack) -> None:
+def _apply(plan: _Plan, places: dict[nn.Module, list[_Place]], undo: ExitStack) -> None:
     layer = plan.layer
     assert layer.running_mean is not None
     assert layer.running_var is not None
@@ -324,11 +299,9 @@ def _apply(model: nn.Module, plan: _Plan, undo: ExitStack) -> None:
                 module._parameters[name] = nn.Parameter(
                     value.to(weight.dtype), requires_grad=weight.requires_grad
                 )
-    for parent in model.modules():
-        for child, found in parent._modules.items():
-            if found is layer:
-                undo.callback(parent._modules.__setitem__, child, layer)
-                parent._modules[child] = plan.tail
+    for parent, child in places[layer]:
+        undo.callback(parent._modules.__setitem__, child, layer)
+        parent._modules[child] = plan.tail
 
 
 def _rows(weight: Tensor, values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.nn.statistics import Frozen
-from batchnorm.transforms.layers import batch_norms, matching
+from batchnorm.transforms.layers import batch_norms, matching, require_finite
 
 __all__ = ["freeze", "frozen", "is_freezing", "statistics_frozen", "unfreeze"]
 
@@ -38,7 +38,7 @@ def freeze(
 
     Raises:
         ValueError: A pattern matches no batch norm, or a layer has no running statistics to
-            freeze. Nothing is changed then.
+            freeze, or such as are not finite. Nothing is changed then.
 
     Example:
         >>> from torch import nn
@@ -59,6 +59,8 @@ def freeze(
                 f"{name or 'the layer'} has no running statistics to freeze "
                 "(track_running_stats=False); leave it out, or freeze with statistics=False"
             )
+    if statistics:
+        require_finite(layers)
     for layer in layers.values():
         if statistics and not statistics_frozen(layer):
             layer.register_forward_pre_hook(_evaluate)

@@ -21,7 +21,7 @@ from batchnorm.transforms.calls import (
     tolerance,
 )
 from batchnorm.transforms.dataflow import preserved
-from batchnorm.transforms.layers import batch_norms
+from batchnorm.transforms.layers import batch_norms, require_finite
 
 __all__ = ["Stripping", "strip_bias"]
 
@@ -58,8 +58,9 @@ def strip_bias(model: nn.Module, *example: Any, **named: Any) -> Stripping:
         Which biases are gone, which stayed and why, and how much the output changed.
 
     Raises:
-        ValueError: The network has no batch norm, or its output changed by more than rounding
-            does. It is as it was then.
+        ValueError: The network has no batch norm or statistics that are not finite, decides on
+            values so that one run does not show what it does, or its output changed by more
+            than rounding does. It is as it was then.
 
     Example:
         >>> import torch
@@ -72,6 +73,7 @@ def strip_bias(model: nn.Module, *example: Any, **named: Any) -> Stripping:
         [P1] Ioffe & Szegedy 2015, arXiv 1502.03167, section 3.2.
     """
     layers = batch_norms(model)
+    require_finite(layers)
     names = {module: name for name, module in model.named_modules()}
     with preserved(model):
         model.eval()
