@@ -128,12 +128,14 @@ def _verdicts(parts: Sequence[Replication]) -> str:
     return (
         '<section id="verdicts" aria-labelledby="verdicts-title">'
         '<h2 id="verdicts-title">Verdicts</h2>'
-        '<div class="wide" tabindex="0" role="region" aria-label="Verdicts">'
-        '<table class="verdicts">'
-        "<caption>Measured: mean over the seeds with its 95% confidence interval. A claim holds "
+        '<p class="intro" id="verdicts-rule">'
+        "Measured: mean over the seeds with its 95% confidence interval. A claim holds "
         "where the whole interval lies beyond what the paper's words demand, weakly where it lies "
         "beyond no effect, does not hold where it lies on the other side of no effect, and cannot "
-        "be told otherwise. Identities hold where every seed is within rounding.</caption>"
+        "be told otherwise. Identities hold where every seed is within rounding.</p>"
+        '<div class="wide" tabindex="0" role="region" aria-label="Verdicts">'
+        '<table class="verdicts" aria-labelledby="verdicts-title" '
+        'aria-describedby="verdicts-rule">'
         f"<thead><tr>{header}</tr></thead>{''.join(groups)}</table></div></section>"
     )
 

@@ -103,9 +103,10 @@ def figures(run: Run) -> list[Chart]:
     ]
     accuracy = Chart(
         id="accuracy",
-        title="Test accuracy, and the paper's curve",
-        how="Each line is the mean over the seeds; the paper's points are digitised from its "
-        "figure. Compare how many steps each needs to reach the same height.",
+        title="Test accuracy, and the paper's curve" if paper else "Test accuracy",
+        how="Each line is the mean over the seeds"
+        + ("; the paper's points are digitised from its figure" if paper else "")
+        + ". Compare how many steps each needs to reach the same height.",
         source=f"{P1}, Figure 1(a)",
         x=steps_axis(grid),
         y=Axis("test accuracy", percent=True),

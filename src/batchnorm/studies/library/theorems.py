@@ -249,7 +249,7 @@ def _bound_chart(run: Run, theorem: str, sides: Iterable[str], title: str, how: 
         how=how,
         source=f"{P2}, Theorem {theorem}",
         x=Axis("trial"),
-        y=Axis("share of the first term of the bound"),
+        y=Axis("share of the size of the bound"),
         panels=panels,
         columns=2,
         dots=True,
@@ -271,14 +271,16 @@ def figures(run: Run) -> list[Chart]:
             "4.2",
             ("measured", "printed"),
             "Theorem 4.2: the curvature along the gradient and its bound",
-            "Means over the units, as shares of the sizes of the bound's terms.",
+            "Means over the units, as shares of the sizes of the bound's terms; bound and "
+            "measurement lie on each other.",
         ),
         _bound_chart(
             run,
             "4.4",
             ("measured", "printed", "corrected"),
             "Theorem 4.4: the gradient of the weights for the worst input, and its bound",
-            "Means over the units, as shares of λ²γ²/σ²·‖∇L‖².",
+            "Means over the units, as shares of λ²γ²/σ²·‖∇L‖²; a bound below what was measured is "
+            "violated, and the corrected one lies on it.",
         ),
     ]
 
