@@ -4,7 +4,6 @@ r"""Batch normalization as functions: everything is an argument, nothing is kept
 Internal Covariate Shift*, 2015, arXiv 1502.03167.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,19 @@ from torch import distributed as dist
 
 from batchnorm import ops
 from batchnorm.ops import reference, variants
+from batchnorm.validation import (
+    ACTIVATIONS,
+    activation_code,
+    check_count,
+    check_eps,
+    check_input,
+    check_mask,
+    check_masked_count,
+    check_not_empty,
+    check_residual,
+    check_total_count,
+    check_vectors,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,13 +39,6 @@ __all__ = [
     "sync_batch_norm",
     "update_running",
 ]
-
-ACTIVATIONS = ops.ACTIVATIONS[1:]
-"""The activations that are fused: :func:`torch.nn.functional.relu` and its like."""
-
-_CODES: dict[str | None, int] = {None: 0} | {
-    name: ops.ACTIVATIONS.index(name) for name in ACTIVATIONS
-}
 
 
 class Moments(NamedTuple):
@@ -77,10 +82,10 @@ def moments(x: Tensor, *, mask: Tensor | None = None) -> Moments:
     References:
         [P1] Algorithm 1, lines 1 and 2.
     """
-    _check_input(x)
-    _check_not_empty(x)
+    check_input(x)
+    check_not_empty(x)
     if mask is not None:
-        _check_mask(mask, x)
+        check_mask(mask, x)
         mean, var, n = reference.masked_moments(x, mask)
         return Moments(mean, var, n)
     mean, var = ops.moments(x)
@@ -133,9 +138,9 @@ def normalize(
     References:
         [P1] Algorithm 2, line 11.
     """
-    _check_input(x)
-    _check_vectors(x, mean=mean, var=var, weight=weight, bias=bias)
-    _check_residual(residual, x)
+    check_input(x)
+    check_vectors(x, mean=mean, var=var, weight=weight, bias=bias)
+    check_residual(residual, x)
     code = activation_code(activation)
     check_eps(eps)
     if x.numel() == 0:
@@ -192,9 +197,9 @@ def batch_norm(
     References:
         [P1] Algorithm 1; its backward is that of section 3.
     """
-    _check_input(x)
-    _check_vectors(x, weight=weight, bias=bias)
-    _check_residual(residual, x)
+    check_input(x)
+    check_vectors(x, weight=weight, bias=bias)
+    check_residual(residual, x)
     code = activation_code(activation)
     check_eps(eps)
     if x.shape[0] == 0:
@@ -202,13 +207,13 @@ def batch_norm(
         y = reference.normalize(x, zeros, zeros, weight, bias, residual, eps, code)
         return TrainingResult(y, Moments(zeros, zeros, 0))
     if mask is not None:
-        _check_mask(mask, x)
+        check_mask(mask, x)
         mean, var, counted = reference.masked_moments(x, mask)
-        _check_masked_count(counted)
+        check_masked_count(counted)
         y = ops.normalize(x, mean, var, weight, bias, residual, eps, code)
         return TrainingResult(y, Moments(mean, var, counted))
     count = x.numel() // max(x.shape[1], 1)
-    _check_count(count, x)
+    check_count(count, x)
     y, mean, var, _ = ops.training_forward(x, weight, bias, residual, eps, code)
     return TrainingResult(y, Moments(mean, var, count))
 
@@ -260,9 +265,9 @@ def ghost_batch_norm(
         Hoffer, Hubara & Soudry 2017, *Train longer, generalize better*, arXiv 1705.08741,
         Algorithm 1, which however updates the running statistics once for each group.
     """
-    _check_input(x)
-    _check_vectors(x, weight=weight, bias=bias)
-    _check_residual(residual, x)
+    check_input(x)
+    check_vectors(x, weight=weight, bias=bias)
+    check_residual(residual, x)
     code = activation_code(activation)
     check_eps(eps)
     if x.shape[0] == 0:
@@ -273,7 +278,7 @@ def ghost_batch_norm(
             "lower it, or leave out a short last batch (DataLoader's drop_last=True)"
         )
     n = x.numel() // max(x.shape[1], 1)
-    _check_count(n // x.shape[0] * size, x)
+    check_count(n // x.shape[0] * size, x)
     y, mean, var = variants.ghost_forward(x, size, weight, bias, residual, eps, code)
     return TrainingResult(y, Moments(mean, var, n))
 
@@ -334,7 +339,7 @@ def batch_renorm(
     References:
         Ioffe 2017, *Batch Renormalization*, arXiv 1702.03275, Algorithm 1.
     """
-    _check_vectors(x, running_mean=running_mean, running_var=running_var)
+    check_vectors(x, running_mean=running_mean, running_var=running_var)
     # An empty batch has no moments, and nothing to correct.
     mean, var, _ = moments(x, mask=mask) if x.shape[0] else (running_mean, running_var, 0)
     r, d = variants.renorm_correction(mean, var, running_mean, running_var, eps, r_max, d_max)
@@ -401,9 +406,9 @@ def lp_batch_norm(
         with a constant for each p that makes a Gaussian's scale its standard deviation and that
         γ takes up here.
     """
-    _check_input(x)
-    _check_vectors(x, weight=weight, bias=bias)
-    _check_residual(residual, x)
+    check_input(x)
+    check_vectors(x, weight=weight, bias=bias)
+    check_residual(residual, x)
     code = activation_code(activation)
     check_eps(eps)
     if not p >= 1:
@@ -412,9 +417,9 @@ def lp_batch_norm(
         return batch_norm(x, weight, bias, eps, residual=residual, activation=activation)
     mean, _, n = moments(x, mask=mask)
     if isinstance(n, Tensor):
-        _check_masked_count(n)
+        check_masked_count(n)
     else:
-        _check_count(n, x)
+        check_count(n, x)
     power = variants.lp_power(x, mean, p, central, mask, n)
     y = ops.normalize(x, mean, power, weight, bias, residual, eps, code)
     return TrainingResult(y, Moments(mean, power, n))
@@ -494,23 +499,23 @@ def sync_batch_norm(
         return batch_norm(
             *(x, weight, bias, eps), residual=residual, activation=activation, mask=mask
         )
-    _check_input(x)
-    _check_vectors(x, weight=weight, bias=bias)
-    _check_residual(residual, x)
+    check_input(x)
+    check_vectors(x, weight=weight, bias=bias)
+    check_residual(residual, x)
     code = activation_code(activation)
     check_eps(eps)
     if mask is not None:
-        _check_mask(mask, x)
+        check_mask(mask, x)
     y, mean, var, n = ops.synchronized_forward(
         *(x, weight, bias, residual, mask, eps, code, group, ranks)
     )
     visible = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
     if mask is not None:
-        _check_masked_count(n)
+        check_masked_count(n)
     elif x.numel() < 2 * x.shape[1]:  # else it is not for this process to look
         if visible and n == 0:
             return TrainingResult(y, Moments(mean, var, 0))
-        _check_total_count(n, visible)
+        check_total_count(n, visible)
     known = visible and x.device.type == "cpu"  # elsewhere it would wait for the device
     return TrainingResult(y, Moments(mean, var, int(n) if known else n))
 
@@ -559,129 +564,3 @@ def update_running(
     if isinstance(batch.n, int) and batch.n == 0:
         return
     ops.update_running(running_mean, running_var, num_batches, *batch, momentum)
-
-
-def _check_input(x: Tensor) -> None:
-    if x.dim() < 2:
-        raise ValueError(
-            f"x must have two or more axes, (N, C, *), got shape {tuple(x.shape)}; "
-            "add the missing axis, for one sample x.unsqueeze(0)"
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating, got {x.dtype}; convert it, as by x.float()")
-
-
-def _check_not_empty(x: Tensor) -> None:
-    if x.numel() == 0:
-        raise ValueError(
-            f"x has no values to take moments of, its shape is {tuple(x.shape)}; "
-            "leave empty batches out of training"
-        )
-
-
-def _check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
-    channels = x.shape[1]
-    for name, v in vectors.items():
-        if v is None:
-            continue
-        if v.dim() != 1 or v.shape[0] != channels:
-            raise ValueError(
-                f"{name} must have one value for each of the {channels} channels of x "
-                f"(axis 1 of {tuple(x.shape)}), got shape {tuple(v.shape)}"
-            )
-        if v.device != x.device:
-            raise ValueError(
-                f"{name} is on {v.device} but x is on {x.device}; move one to the other"
-            )
-        if v.dtype != x.dtype and v.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{name} must be float32, float64 or of the type of x, {x.dtype}, got {v.dtype}; "
-                "convert one, as by module.to(x.dtype)"
-            )
-
-
-def _check_residual(residual: Tensor | None, x: Tensor) -> None:
-    if residual is None:
-        return
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}; "
-            "broadcast it, as by residual.expand_as(x)"
-        )
-    if residual.device != x.device:
-        raise ValueError(
-            f"residual is on {residual.device} but x is on {x.device}; move one to the other"
-        )
-    if residual.dtype != x.dtype:
-        raise TypeError(
-            f"residual must have the type of x, {x.dtype}, got {residual.dtype}; "
-            "convert it, as by residual.to(x.dtype)"
-        )
-
-
-def _check_mask(mask: Tensor, x: Tensor) -> None:
-    expected = (x.shape[0], *x.shape[2:])
-    if tuple(mask.shape) != expected:
-        raise ValueError(
-            f"mask must have the shape of x without its channels, {tuple(expected)}, "
-            f"got {tuple(mask.shape)}; broadcast it, as by mask.expand(...)"
-        )
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, got {mask.dtype}; compare it, as by mask > 0")
-    if mask.device != x.device:
-        raise ValueError(f"mask is on {mask.device} but x is on {x.device}; move one to the other")
-
-
-def check_eps(eps: float) -> None:
-    """Refuse what no variance can be made safe by."""
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be positive (or 0) and finite, got {eps}; the usual is 1e-5")
-
-
-def _check_count(count: int, x: Tensor) -> None:
-    if count > 1:
-        return
-    _check_not_empty(x)
-    # The first words are torch's, which people search for.
-    raise ValueError(
-        f"Expected more than 1 value per channel when training, got input size {x.shape}: "
-        "each value would be normalised to 0 by itself. Use a larger batch (DataLoader's "
-        "drop_last=True leaves out a last batch of one), or call eval() to normalise by the "
-        "running statistics"
-    )
-
-
-def _check_masked_count(count: Tensor) -> None:
-    if torch._C._are_functorch_transforms_active():
-        return  # the count is not a number there
-    message = (
-        "mask must leave more than 1 value per channel when training; "
-        "leave batches that are all padding out of training"
-    )
-    if count.device.type == "cpu" and not torch.compiler.is_compiling():
-        if count < 2:
-            raise ValueError(message)
-    else:
-        torch._assert_async(count > 1, message)  # without waiting for the device
-
-
-def _check_total_count(count: Tensor, visible: bool) -> None:
-    message = (
-        "Expected more than 1 value per channel when training, got 1 in all processes together: "
-        "use larger batches, or call eval() to normalise by the running statistics"
-    )
-    if not visible:
-        torch._assert_async(count > 1, message)
-    elif count < 2:
-        raise ValueError(message)
-
-
-def activation_code(activation: str | None) -> int:
-    """Return the code of an activation, or say which there are."""
-    try:
-        return _CODES[activation]
-    except KeyError:
-        raise ValueError(
-            f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}; "
-            "apply any other to the result"
-        ) from None

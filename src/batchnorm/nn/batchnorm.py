@@ -10,6 +10,7 @@ from torch import Tensor
 from batchnorm import functional
 from batchnorm.nn.guard import Guard
 from batchnorm.nn.statistics import Running, Statistics
+from batchnorm.validation import activation_code, check_eps
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -42,13 +43,13 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if num_features < 0:
             raise ValueError(f"num_features must not be negative, got {num_features}")
         if not math.isfinite(eps):
-            functional.check_eps(eps)
+            check_eps(eps)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(
                 f"momentum must be in [0, 1] or None for a cumulative average, got {momentum}; "
                 "it is the weight of the new batch, 1 minus what Keras and Flax call momentum"
             )
-        functional.activation_code(activation)
+        activation_code(activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
