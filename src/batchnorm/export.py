@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from batchnorm.extras import require
 from batchnorm.records import Run
@@ -12,7 +13,9 @@ __all__ = ["write_parquet"]
 
 
 def write_parquet(run: Run, folder: Path) -> Path:
-    """Write ``records.parquet``: the columns of the records, preceded by cell, norm, lr, seed.
+    """Write ``records.parquet``: the columns of the records, preceded by the cell and its axes.
+
+    The axes are those of ``study.json``: norm, lr and seed where networks are trained.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -22,9 +25,7 @@ def write_parquet(run: Run, folder: Path) -> Path:
     path, temporary = folder / "records.parquet", folder / "records.parquet.tmp"
     types = {
         "cell": pyarrow.string(),
-        "norm": pyarrow.string(),
-        "lr": pyarrow.float64(),
-        "seed": pyarrow.int64(),
+        **{name: _type(pyarrow, name, run) for name in _axes(run)},
         "step": pyarrow.int64(),
         "layer": pyarrow.string(),
         "quantity": pyarrow.string(),
@@ -37,7 +38,7 @@ def write_parquet(run: Run, folder: Path) -> Path:
             count = len(cell.records)
             axes = {
                 "cell": cell.folder.name,
-                **{a: cell.settings[a] for a in ("norm", "lr", "seed")},
+                **{name: cell.settings[name] for name in _axes(run)},
             }
             columns = {name: [value] * count for name, value in axes.items()}
             for name in ("step", "layer", "quantity", "index", "value"):
@@ -45,3 +46,14 @@ def write_parquet(run: Run, folder: Path) -> Path:
             writer.write_table(pyarrow.table(columns, schema=schema))
     os.replace(temporary, path)
     return path
+
+
+def _axes(run: Run) -> list[str]:
+    return [name for name in run.study["cells"][0] if name != "cell"]
+
+
+def _type(pyarrow: Any, name: str, run: Run) -> Any:
+    value = run.study["cells"][0][name]
+    if isinstance(value, str):
+        return pyarrow.string()
+    return pyarrow.int64() if isinstance(value, int) else pyarrow.float64()

@@ -25,6 +25,7 @@ from typing import IO, Any, Self
 
 __all__ = [
     "CELLS",
+    "ENDED",
     "FORMAT",
     "MANIFEST",
     "RECORDS",
@@ -42,6 +43,9 @@ __all__ = [
 
 FORMAT = 1
 """Version of the layout of a run folder. A folder of another version is refused, never mixed."""
+
+ENDED = ("done", "diverged")
+"""States of a cell that is not computed again."""
 
 STUDY, MANIFEST, RECORDS, CELLS = "study.json", "manifest.json", "records.jsonl", "cells"
 
@@ -194,6 +198,11 @@ class Cell:
         return settings
 
     @property
+    def ended(self) -> bool:
+        """Whether the cell ran to its end; diverging is an end too."""
+        return self.manifest["state"] in ENDED
+
+    @property
     def layers(self) -> list[str]:
         """Names of the layers, first to last."""
         layers: list[str] = self.manifest["layers"]
@@ -223,7 +232,7 @@ class Run:
         if not path.is_file():
             raise RecordError(
                 f"{folder} holds no {STUDY}: it is not the output of a study. "
-                "Name a folder that `batchnorm compare --out` wrote."
+                "Name a folder that `batchnorm compare` or `batchnorm study` wrote."
             )
         study = read_json(path)
         cells = []
@@ -234,3 +243,18 @@ class Run:
                 rows = tuple(read_records(records)) if records.is_file() else ()
                 cells.append(Cell(cell, read_json(cell / MANIFEST), rows))
         return cls(folder, study, tuple(cells))
+
+    def by_seed(self, **settings: Any) -> dict[int, Cell]:
+        """The cells with these settings that ran to their end, by seed.
+
+        Raises:
+            ValueError: two of them have the same seed, so that the settings do not name one arm.
+        """
+        found: dict[int, Cell] = {}
+        for cell in self.cells:
+            own = cell.settings
+            if cell.ended and all(own.get(name) == value for name, value in settings.items()):
+                if own["seed"] in found:
+                    raise ValueError(f"{settings} is more than one cell of seed {own['seed']}")
+                found[int(own["seed"])] = cell
+        return dict(sorted(found.items()))

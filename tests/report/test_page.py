@@ -11,7 +11,7 @@ import pytest
 from tests.report.runs import LAYERS, Builder, embedded, measured
 
 from batchnorm.records import Record, Run
-from batchnorm.report import page, write_html
+from batchnorm.report import page, shell, write_html
 
 
 class Page(HTMLParser):
@@ -184,10 +184,10 @@ def test_a_deep_network_stays_below_3_mb(deep: Run, monkeypatch: pytest.MonkeyPa
     text = page.render(deep)
     assert len(text.encode()) < 3_000_000
     # What does not fit is thinned first; as a last resort only a few layers remain.
-    monkeypatch.setattr(page, "_BUDGET", 400_000)
+    monkeypatch.setattr(shell, "_BUDGET", 400_000)
     charts = embedded(page.render(deep))["charts"]
     assert 50 <= longest(charts) <= 100
-    monkeypatch.setattr(page, "_BUDGET", 180_000)
+    monkeypatch.setattr(shell, "_BUDGET", 180_000)
     charts = embedded(page.render(deep))["charts"]
     assert longest(charts) == 50
     assert all("overview" not in chart for chart in charts)

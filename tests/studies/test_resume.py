@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from batchnorm.records import CELLS, RECORDS, RecordError, Run
+from batchnorm.studies.checkpoint import CHECKPOINT
 from batchnorm.studies.compare import compare, plan
 from batchnorm.studies.models import build_arm
 from batchnorm.studies.settings import CompareSettings
-from batchnorm.studies.trainer import CHECKPOINT, Trainer
+from batchnorm.studies.trainer import Trainer
 
 SETTINGS = CompareSettings(steps=60, every=7, seeds=1, lr=(0.5,), optimizer="momentum")
 
@@ -53,6 +54,7 @@ def test_stopping_after_any_step(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
+from batchnorm.studies.checkpoint import CHECKPOINT
 from batchnorm.studies.compare import compare
 from batchnorm.studies.settings import CompareSettings
 settings = CompareSettings.model_validate_json(sys.argv[1])

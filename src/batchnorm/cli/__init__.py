@@ -38,12 +38,21 @@ app.command(convert)
 app.command(fold)
 app.command(recalibrate)
 app.command(info)
+# Every study has settings of its own; they are read when one is asked for.
+app.command(App(name="study", help="Run an experiment of the papers and judge its claims."))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(arguments, exit_on_error=False, print_error=False)
+        if words[:1] == ["study"]:
+            from batchnorm.cli.study import check_name, study_app
+
+            check_name(words[1:])
+            del app["study"]
+            app.command(study_app())
+        code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         cause = error.__cause__
         invalid = problems(cause, "--") if isinstance(cause, ValidationError) else str(error)

@@ -6,17 +6,17 @@ import os
 import platform
 import shlex
 import sys
-import tomllib
 from importlib import metadata
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from pydantic import ValidationError
 
 from batchnorm import __version__
 from batchnorm.cli.lists import join_commas
+from batchnorm.cli.toml import read_toml
 from batchnorm.records import RecordError, Run
 from batchnorm.studies.settings import CompareSettings, SettingsError, problems
 
@@ -31,13 +31,7 @@ def _settings(given: CompareSettings, config: Path | None) -> CompareSettings:
     """Settings of the file, overruled by those of the command line."""
     if config is None:
         return given
-    try:
-        with config.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise SettingsError(f"--config {config} cannot be read: {error.strerror}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"--config {config} is not TOML: {error}.") from error
+    values = read_toml(config)
     try:
         return CompareSettings(**{**values, **given.model_dump(exclude_unset=True)})
     except ValidationError as error:
@@ -62,6 +56,7 @@ def compare(
     settings: Annotated[CompareSettings, Parameter(name="*")] = _DEFAULTS,
     out: Path = Path("runs/compare"),
     config: Path | None = None,
+    jobs: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 1,
     export: Literal["parquet"] | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     quiet: Annotated[bool, Parameter(negative="")] = False,
@@ -78,6 +73,8 @@ def compare(
         Folder for records and report.
     config
         TOML file with any of these settings; the command line overrules it.
+    jobs
+        Networks trained at the same time, each in a process of its own.
     export
         Also write all records as one Parquet file.
     json
@@ -91,7 +88,7 @@ def compare(
 
     with TerminalListener(quiet=quiet) as listener:
         run, interrupted = run_compare(
-            settings, out, command=_command(settings, out), listener=listener
+            settings, out, command=_command(settings, out), jobs=jobs, listener=listener
         )
     _write(run, out / REPORT, export=export, as_json=json, quiet=quiet)
     if interrupted:
@@ -114,7 +111,7 @@ def report(
     Parameters
     ----------
     folder
-        Folder that `batchnorm compare --out` wrote.
+        Folder that `batchnorm compare` or `batchnorm study` wrote.
     png
         Also draw every chart as a PNG file into this folder.
     export
@@ -125,6 +122,8 @@ def report(
         Print nothing but errors (and the JSON document, if asked for).
     """
     run = Run.read(folder)
+    if run.study["study"] != "compare":
+        return _report_study(run, png, export, as_json=json, quiet=quiet)
     _write(run, folder / REPORT, export=export, as_json=json, quiet=quiet)
     if png is not None:
         from batchnorm.report import write_png
@@ -132,6 +131,31 @@ def report(
         files = write_png(run, png)
         _say(f"{len(files)} charts in {png}", quiet=quiet or json)
     return 0
+
+
+def _report_study(
+    run: Run, png: Path | None, export: Literal["parquet"] | None, *, as_json: bool, quiet: bool
+) -> int:
+    from batchnorm.cli.study import replication, show_verdicts, write_replications
+    from batchnorm.report.png import write_charts
+    from batchnorm.studies.library import load
+
+    part = replication(run, load(str(run.study["study"])))
+    path = run.folder / REPORT
+    write_replications([part], path, command=str(run.study["command"]))
+    show_verdicts([part], path, json=as_json, quiet=quiet)
+    if png is not None:
+        files = write_charts(part, png)
+        _say(f"{len(files)} charts in {png}", quiet=quiet or as_json)
+    _export(run, export, quiet=quiet or as_json)
+    return 0
+
+
+def _export(run: Run, export: Literal["parquet"] | None, *, quiet: bool) -> None:
+    if export is not None:
+        from batchnorm.export import write_parquet
+
+        _say(f"Records: {write_parquet(run, run.folder)}", quiet=quiet)
 
 
 def _write(
@@ -149,10 +173,7 @@ def _write(
     else:
         _say("\n".join(summary.sentences), quiet=quiet)
         _say(f"\nReport: {path}", quiet=quiet)
-    if export is not None:
-        from batchnorm.export import write_parquet
-
-        _say(f"Records: {write_parquet(run, run.folder)}", quiet=quiet or as_json)
+    _export(run, export, quiet=quiet or as_json)
 
 
 def info(*, json: Annotated[bool, Parameter(negative="")] = False) -> int:
@@ -168,7 +189,10 @@ def info(*, json: Annotated[bool, Parameter(negative="")] = False) -> int:
     from batchnorm.ops import kernels
 
     extras: dict[str, Any] = {}
-    for package in ("scikit-learn", "mlxtend", "datasets", "pyarrow", "matplotlib", "safetensors"):
+    for package in (
+        *("scikit-learn", "mlxtend", "datasets", "pyarrow", "matplotlib"),
+        *("distributed", "submitit", "safetensors"),
+    ):
         try:
             extras[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from batchnorm.studies.settings import CellSettings
+from batchnorm.studies.settings import CellBase
 
 __all__ = ["Bar", "TerminalListener"]
 
@@ -84,14 +84,15 @@ class TerminalListener:
         self._cells = cells
         self._task = self._progress.add_task("", total=steps)
 
-    def cell(self, settings: CellSettings) -> None:
+    def cell(self, settings: CellBase) -> None:
         """Name the cell."""
         self._cell += 1
         if self._task is not None:
-            text = (
-                f"{self._cell}/{self._cells}  norm {settings.norm}, "
-                f"lr {settings.lr:g}, seed {settings.seed}"
+            axes = (
+                f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in list(settings.axes().items())[:3]
             )
+            text = f"{self._cell}/{self._cells}  {', '.join(axes)}"
             self._progress.update(self._task, description=text)
 
     def advance(self, steps: int) -> None:

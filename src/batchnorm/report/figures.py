@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from batchnorm.records import Cell
-from batchnorm.report.grid import Arm, Grid, ended
+from batchnorm.report.grid import Arm, Grid
 from batchnorm.report.summary import Outcome, Race, Spread, Summary
 
 __all__ = ["figures_of", "probe_seconds"]
@@ -97,7 +97,7 @@ def _measured(cell: Cell, quantity: str) -> dict[int, float]:
 
 
 def _stable(cell: Cell) -> bool | None:
-    if not ended(cell):
+    if not cell.ended:
         return None
     if cell.manifest["state"] == "diverged":
         return False
@@ -115,7 +115,7 @@ def _best(values: dict[int, float], sign: int) -> tuple[int, float]:
 
 def _outcome(grid: Grid, arm: Arm, lr: float, quantity: str, sign: int) -> Outcome:
     final, best, when, diverged, stable = {}, {}, {}, {}, []
-    cells = [cell for cell in grid.at(arm, lr) if ended(cell)]
+    cells = [cell for cell in grid.at(arm, lr) if cell.ended]
     for cell in cells:
         seed = int(cell.settings["seed"])
         stable.append(_stable(cell))
@@ -150,7 +150,7 @@ def _guessing(grid: Grid, final: Spread | None) -> bool:
 
 
 def _race(grid: Grid, arm: Arm, other: Arm, lr: float, quantity: str, sign: int) -> Race | None:
-    runners = {int(cell.settings["seed"]): cell for cell in grid.at(arm, lr) if ended(cell)}
+    runners = {int(cell.settings["seed"]): cell for cell in grid.at(arm, lr) if cell.ended}
     targets, own, steps, missed = {}, {}, {}, []
     for cell in grid.at(other, lr):
         seed, values = int(cell.settings["seed"]), _measured(cell, quantity)

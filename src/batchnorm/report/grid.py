@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from batchnorm.records import Cell, Run
 
-__all__ = ["Arm", "Grid", "Series", "Vector", "across", "ended", "finite", "measured_layers"]
+__all__ = ["Arm", "Grid", "Series", "Vector", "across", "arms_of", "finite", "measured_layers"]
 
 Vector = NDArray[np.float64]
 
@@ -66,11 +66,6 @@ def finite(values: Vector) -> Vector:
     return values[np.isfinite(values)]
 
 
-def ended(cell: Cell) -> bool:
-    """Whether the cell ran to its end; diverging is an end too."""
-    return cell.manifest["state"] in ("done", "diverged")
-
-
 def across(seeds: Sequence[Mapping[int, float]]) -> Series | None:
     """One series over several seeds.
 
@@ -89,7 +84,8 @@ def across(seeds: Sequence[Mapping[int, float]]) -> Series | None:
     return Series(np.array(steps, dtype=float), y, low, high)
 
 
-def _arms(names: Sequence[str]) -> list[Arm]:
+def arms_of(names: Sequence[str]) -> list[Arm]:
+    """How each arm is called and drawn; the usual ones are drawn the same everywhere."""
     taken = {_NAMES[name][2] for name in names if name in _NAMES}
     free = [slot for slot in range(len(_STYLES)) if slot not in taken]
     arms: list[Arm] = []
@@ -109,7 +105,7 @@ class Grid:
         planned = run.study["cells"]
         self.study = str(run.study["study"])
         self.cells = run.cells
-        self.arms = _arms(list(dict.fromkeys(str(entry["norm"]) for entry in planned)))
+        self.arms = arms_of(list(dict.fromkeys(str(entry["norm"]) for entry in planned)))
         self.rates = sorted({float(entry["lr"]) for entry in planned})
         self.seeds = sorted({int(entry["seed"]) for entry in planned})
         self.planned = len(planned)

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from batchnorm.records import Run
 from batchnorm.report.charts import build
-from batchnorm.report.grid import Arm, Grid
+from batchnorm.report.grid import Grid
 from batchnorm.report.headline import summarize
 from batchnorm.report.in_short import in_short
-from batchnorm.report.spec import Chart, plain
+from batchnorm.report.shell import figure, shell, write_page
+from batchnorm.report.spec import Chart
 from batchnorm.report.summary import Summary
 from batchnorm.report.what_was_run import what_was_run
 from batchnorm.report.words import join, number, plural
 
 __all__ = ["render", "write_html"]
-
-_POINTS = (400, 200, 100, 50)
-"""Points a line: the first of these numbers that fits into the budget."""
-
-_BUDGET = 2_000_000
-"""Bytes for the numbers of all charts; script, styles and text come on top, below 3 MB in all."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +95,7 @@ _SECTIONS = [
 
 def write_html(run: Run, path: Path) -> None:
     """Write the report of a run to ``path``; a reader sees the old file or the new one."""
-    page = render(run)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_page(render(run), path)
 
 
 def render(run: Run) -> str:
@@ -119,8 +103,6 @@ def render(run: Run) -> str:
     grid, summary = Grid(run), summarize(run)
     charts = build(grid, summary)
     title = _title(grid)
-    # Nothing inside the script may end it.
-    script = _resource("charts.js").replace("</script", "<\\/script")
     body = "".join(
         [
             _header(title, run, grid, summary),
@@ -132,57 +114,7 @@ def render(run: Run) -> str:
             "</main>",
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # Whatever the records hold, the page asks nothing of the network.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_colors(grid.arms)}{_resource('report.css')}"
-        f"</style>\n</head>\n<body>\n{body}\n"
-        f'<script type="application/json" id="data">{_data(grid, charts)}</script>\n'
-        f"<script>{script}\n"
-        'batchnorm.report(JSON.parse(document.getElementById("data").textContent));</script>\n'
-        "</body>\n</html>\n"
-    )
-
-
-def _resource(name: str) -> str:
-    return files("batchnorm.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _data(grid: Grid, charts: Sequence[Chart]) -> str:
-    """Everything that is drawn, with as many points as fit."""
-    arms = [
-        {"label": arm.label, "color": f"var(--arm-{i})", "dash": arm.dash}
-        for i, arm in enumerate(grid.arms)
-    ]
-    text = ""
-    for most, whole in (*((points, True) for points in _POINTS), (_POINTS[-1], False)):
-        shown = [(chart if whole else chart.abridged()).thinned(most) for chart in charts]
-        document = {"arms": arms, "rates": grid.rates, "charts": [_drawn(chart) for chart in shown]}
-        text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-        if len(text) <= _BUDGET:
-            break
-    return text.replace("<", "\\u003c")
-
-
-def _drawn(chart: Chart) -> dict[str, Any]:
-    document: dict[str, Any] = plain(chart)
-    del document["how"], document["source"]
-    return document
-
-
-def _colors(arms: Sequence[Arm]) -> str:
-    def rule(color: Callable[[Arm], str]) -> str:
-        pairs = (f"--arm-{i}:{color(arm)};" for i, arm in enumerate(arms))
-        return f":root{{{''.join(pairs)}}}"
-
-    dark = rule(lambda arm: arm.dark)
-    light = rule(lambda arm: arm.light)
-    return f"{light}@media screen and (prefers-color-scheme: dark){{{dark}}}\n"
+    return shell(title, body, grid.arms, charts, grid.rates)
 
 
 def _title(grid: Grid) -> str:
@@ -232,7 +164,7 @@ def _toolbar(grid: Grid, summary: Summary, charts: Sequence[Chart]) -> str:
 
 
 def _section(section: _Section, charts: Sequence[Chart], grid: Grid) -> str:
-    figures = "".join(_figure(chart) for chart in charts if chart.id in section.charts)
+    figures = "".join(figure(chart) for chart in charts if chart.id in section.charts)
     if not figures:
         one_rate = section.id == "learning-rates" and len(grid.rates) == 1
         hint = "One learning rate was tried; this chart needs several." if one_rate else ""
@@ -242,14 +174,4 @@ def _section(section: _Section, charts: Sequence[Chart], grid: Grid) -> str:
         f'<h2 id="{section.id}-title">{escape(section.title)}</h2>'
         f'<p class="intro">{escape(section.intro)}</p>'
         f'<div class="figures">{figures}</div></section>'
-    )
-
-
-def _figure(chart: Chart) -> str:
-    size = "full" if chart.columns > 1 else "part"
-    return (
-        f'<figure id="chart-{chart.id}" class="{size}"><figcaption><h3>{escape(chart.title)}</h3>'
-        f'<p class="how">{escape(chart.how)} <cite>{escape(chart.source)}</cite></p></figcaption>'
-        f'<div data-chart="{chart.id}"><noscript>This chart needs JavaScript.</noscript></div>'
-        "</figure>"
     )

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from batchnorm.extras import require
 from batchnorm.records import Run
 from batchnorm.report.charts import build
-from batchnorm.report.grid import Arm, Grid, Vector
+from batchnorm.report.grid import Arm, Grid, Vector, arms_of
 from batchnorm.report.headline import summarize
+from batchnorm.report.replication import Replication
 from batchnorm.report.spec import Axis, Chart, Line, Panel
 from batchnorm.report.words import number
 
-__all__ = ["write_png"]
+__all__ = ["write_charts", "write_png"]
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches of one panel
 _COLUMNS = 4
@@ -44,6 +45,31 @@ def write_png(run: Run, folder: Path) -> list[Path]:
             if panels[0].rate is not None and len(grid.rates) > 1:
                 title += f" (learning rate {number(grid.rates[rate])})"
             _figure(figures, chart, title, panels, grid.arms).savefig(path, dpi=150)
+            written.append(path)
+    return written
+
+
+def write_charts(part: Replication, folder: Path) -> list[Path]:
+    """Draw each chart of a study into ``folder``.
+
+    Returns:
+        The files written, named after the charts.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figures = require("matplotlib.figure", extra="plot", purpose="Drawing PNG files")
+    folder.mkdir(parents=True, exist_ok=True)
+    arms = arms_of(part.lines or part.norms)
+    written = []
+    for chart in part.charts:
+        if panels := [
+            panel
+            for panel in chart.panels
+            if chart.overview is None or panel.layer in (None, *chart.overview)
+        ]:
+            path = folder / f"{chart.id}.png"
+            _figure(figures, chart, chart.title, panels, arms).savefig(path, dpi=150)
             written.append(path)
     return written
 

@@ -16,20 +16,20 @@ from batchnorm.report.words import number, percent
 __all__ = ["what_was_run"]
 
 
-def what_was_run(run: Run, grid: Grid) -> str:
-    """The section "What was run"."""
+def what_was_run(run: Run, grid: Grid | None, *, id: str = "run") -> str:
+    """The section "What was run"; ``grid`` is the run's if it trained networks."""
     command = run.study.get("command", "")
     shown = command if isinstance(command, str) else shlex.join(command)
     parts = [
-        '<section id="run" aria-labelledby="run-title"><h2 id="run-title">What was run</h2>',
+        f'<section id="{id}" aria-labelledby="{id}-title"><h2 id="{id}-title">What was run</h2>',
         f"<h3>To run it again</h3><pre tabindex='0'>{escape(shown)}</pre>" if shown else "",
-        _changes(grid),
+        _changes(grid) if grid else "",
         '<div class="tables">',
         _table("Settings", _settings(run)),
         _table("Data", _over_cells(run.cells, "task")),
         _table("Versions", _over_cells(run.cells, "versions")),
         _table("Machine", _over_cells(run.cells, "machine")),
-        _table("Networks", _networks(grid)),
+        _table("Networks", _networks(grid) if grid else {}),
         _table("Time", _times(run.cells)),
         "</div>",
         "<h3>Papers</h3><dl class='papers'>",
@@ -82,7 +82,7 @@ def _over_cells(cells: Sequence[Cell], part: str) -> dict[str, str]:
     """One part of the manifests; where cells differ, all values."""
     values: dict[str, dict[str, None]] = {}
     for cell in cells:
-        for key, value in cell.manifest[part].items():
+        for key, value in cell.manifest.get(part, {}).items():
             if value not in (None, "", {}, []):
                 values.setdefault(key, {})[_in_words(value)] = None
     return {key: "; ".join(several) for key, several in values.items()}
@@ -109,7 +109,9 @@ def _times(cells: Sequence[Cell]) -> dict[str, str]:
     for cell in cells:
         for name, seconds in probe_seconds(cell).items():
             probes[name] = probes.get(name, 0.0) + seconds
-    rows = {"all training runs": f"{number(total)} s", "training": _of_all_time(training, total)}
+    rows = {"all runs": f"{number(total)} s", "training": _of_all_time(training, total)}
+    if not probes:
+        return {"all runs": rows["all runs"]}
     rows["all probes"] = _of_all_time(sum(probes.values()), total)
     rows |= {f"probe {name}": _of_all_time(seconds, total) for name, seconds in probes.items()}
     return rows

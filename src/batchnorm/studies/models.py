@@ -211,11 +211,14 @@ class Arm:
 
 
 @torch.no_grad()
-def _glorot(model: nn.Module, scale: float) -> None:
-    """Glorot's uniform weights times ``scale``, biases zero, in order of the modules."""
+def _initialize(model: nn.Module, scale: float, std: float | None) -> None:
+    """Weights of Glorot's (or of standard deviation ``std``) times ``scale``, biases zero."""
     for module in model.modules():
         if isinstance(module, LINEAR_TYPES):
-            nn.init.xavier_uniform_(module.weight)
+            if std is None:
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                nn.init.normal_(module.weight, std=std)
             module.weight *= scale
             if module.bias is not None:
                 module.bias.zero_()
@@ -232,7 +235,7 @@ def _built_in(settings: CellSettings, task: Task) -> Arm:
     # Building drew numbers for biases that only some arms have; only the weights of linear
     # operations are drawn from here on, and every arm has the same of them.
     torch.manual_seed(settings.seed)
-    _glorot(model, settings.init_scale)
+    _initialize(model, settings.init_scale, settings.init_std)
     return Arm(model, [])
 
 
@@ -295,7 +298,7 @@ def _check_fits(name: str, model: nn.Module, task: Task) -> None:
 
 def _own(settings: CellSettings, task: Task) -> Arm:
     name, norm = settings.model, settings.norm
-    for option in ("depth", "width", "activation"):
+    for option in ("depth", "width", "activation", "init_std"):
         if getattr(settings, option) is not None:
             raise SettingsError(
                 f"{option}={getattr(settings, option)!r} is for the built-in networks; "

@@ -26,6 +26,7 @@ def scale(scaling: Scaling, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor
 
     - ``raw``: as the data are;
     - ``unit``: divided by the largest absolute value;
+    - ``binary``: 1 above half of the largest value, else 0, as in [P1] Section 4.1;
     - ``standardize``: mean 0 and variance 1, for each feature of a vector or channel of an image;
     - ``skewed``: standardised, then feature j multiplied by a factor between 0.1 and 10, evenly
       spaced on a log scale and in a fixed random order. The condition number of the input
@@ -39,9 +40,12 @@ def scale(scaling: Scaling, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor
     """
     if scaling == "raw":
         return train, test
-    if scaling == "unit":
+    if scaling in ("unit", "binary"):
         largest = train.abs().max().clamp(min=torch.finfo(train.dtype).tiny)
-        return train / largest, test / largest
+        train, test = train / largest, test / largest
+        if scaling == "binary":
+            train, test = (train > 0.5).float(), (test > 0.5).float()
+        return train, test
     train, test = _standardize(train, test)
     if scaling == "skewed":
         shape = train.shape[1:]

@@ -16,10 +16,13 @@ from pydantic import (
 )
 
 __all__ = [
+    "CellBase",
     "CellSettings",
     "CompareSettings",
     "Scaling",
     "SettingsError",
+    "StudySettings",
+    "TrainingSettings",
     "problems",
 ]
 
@@ -28,12 +31,17 @@ class SettingsError(ValueError):
     """A setting cannot be used; the message names the setting, the value and the way out."""
 
 
-def problems(error: ValidationError, prefix: str = "") -> str:
-    """What is wrong with which setting, on one line; ``prefix`` goes before each name."""
+def problems(
+    error: ValidationError, prefix: str = "", settings: type[BaseModel] | None = None
+) -> str:
+    """What is wrong with which setting, on one line; ``prefix`` goes before each name.
+
+    ``settings`` is the model that was to be made, by default that of ``batchnorm compare``.
+    """
     found = []
     for item in error.errors():
         name = prefix + str(item["loc"][0]).replace("_", "-" if prefix else "_")
-        known = [*CompareSettings.model_fields]
+        known = [*(settings or CompareSettings).model_fields]
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(item["loc"][0]), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -43,7 +51,7 @@ def problems(error: ValidationError, prefix: str = "") -> str:
     return " ".join(found)
 
 
-Scaling = Literal["raw", "unit", "standardize", "skewed"]
+Scaling = Literal["raw", "unit", "binary", "standardize", "skewed"]
 Optimizer = Literal["sgd", "momentum", "adam"]
 Activation = Literal["sigmoid", "tanh", "relu", "identity"]
 
@@ -64,8 +72,38 @@ PositiveRate = Annotated[float, AfterValidator(_positive)]
 NonNegativeRate = Annotated[float, AfterValidator(_not_negative)]
 
 
-class _Shared(BaseModel):
-    """What every cell of a study has in common."""
+class CellBase(BaseModel):
+    """Everything that decides what one cell computes; its hash names the cell's folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: Annotated[int, Field(ge=0)]
+
+    def document(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return self.model_dump(mode="json")
+
+    @property
+    def units(self) -> int:
+        """How much there is to do, in units of which the cells of a study cost about the same."""
+        return 1
+
+    def axes(self) -> dict[str, Any]:
+        """What tells the cell from the others of its study, for its list and for people."""
+        return {name: value for name, value in self.document().items() if name != "code"}
+
+
+class StudySettings(BaseModel):
+    """Settings that every study has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seeds: Annotated[int, Field(ge=1)] = 3
+    """Number of seeds; verdicts are intervals over them."""
+
+
+class TrainingSettings(BaseModel):
+    """Settings of everything that trains a network."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,7 +111,7 @@ class _Shared(BaseModel):
     """Data: digits, mnist5k, gaussian, a folder, a hub name, or module:callable."""
 
     scaling: Scaling = "unit"
-    """Input scaling: raw, unit (largest value 1), standardize, or skewed (ill-conditioned)."""
+    """Input scaling: raw, unit (largest 1), binary, standardize, or skewed (ill-conditioned)."""
 
     model: str = "mlp"
     """Network: mlp, cnn, vgg, resnet, linear, or module:callable."""
@@ -89,6 +127,9 @@ class _Shared(BaseModel):
 
     init_scale: PositiveRate = 1.0
     """Factor on the initial weights: 1 is Glorot's, anything else is careless."""
+
+    init_std: PositiveRate | None = None
+    """Standard deviation of Gaussian initial weights; by default they are Glorot's."""
 
     optimizer: Optimizer = "sgd"
     """sgd, momentum (SGD with momentum 0.9) or adam."""
@@ -131,18 +172,31 @@ class _Shared(BaseModel):
         return value
 
 
-class CellSettings(_Shared):
-    """Everything that decides what one cell computes; its hash names the cell's folder."""
+_LATER = ("init_std",)
+"""Settings that came later: left at ``None`` they keep the hash that a cell had without them."""
+
+
+class CellSettings(TrainingSettings, CellBase):
+    """A cell that trains a network."""
 
     norm: str
     lr: PositiveRate
-    seed: Annotated[int, Field(ge=0)]
     code: dict[str, str] = {}
     """Hash of the source file of each module:callable, so that edited code is a new cell."""
 
     def document(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return self.model_dump(mode="json")
+        unset = {name for name in _LATER if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=unset)
+
+    @property
+    def units(self) -> int:
+        """Steps of the optimizer."""
+        return self.steps
+
+    def axes(self) -> dict[str, Any]:
+        """Norm, learning rate and seed."""
+        return {"norm": self.norm, "lr": self.lr, "seed": self.seed}
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -153,7 +207,7 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-class CompareSettings(_Shared):
+class CompareSettings(TrainingSettings):
     """Settings of ``batchnorm compare``: the shared ones, and three axes."""
 
     norm: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ("none", "batch")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import platform
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,21 +10,26 @@ from pathlib import Path
 
 import torch
 
-from batchnorm import __version__
-from batchnorm.ops import kernels
-from batchnorm.probes import BatchLoss, Probe, Step, find_layers, observe
+from batchnorm.probes import BatchLoss, Layer, Probe, Step, find_layers, observe
 from batchnorm.probes.activations import UNIT
-from batchnorm.records import FORMAT, MANIFEST, RECORDS, RecordError, RecordWriter, write_json
+from batchnorm.records import RECORDS, RecordWriter
 from batchnorm.studies.batches import Batches
+from batchnorm.studies.cell_run import write_manifest
+from batchnorm.studies.checkpoint import (
+    CHECKPOINT,
+    damaged,
+    load_checkpoint,
+    save_checkpoint,
+)
 from batchnorm.studies.instruments import make_probes
 from batchnorm.studies.models import Arm
 from batchnorm.studies.settings import CellSettings
 from batchnorm.studies.tasks import Task
 from batchnorm.transforms.dataflow import preserved
 
-__all__ = ["CHECKPOINT", "Trainer"]
+__all__ = ["Extra", "Trainer"]
 
-CHECKPOINT = "checkpoint.pt"
+Extra = Callable[[CellSettings, list[Layer]], list[Probe]]
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -51,8 +53,12 @@ class Trainer:
         folder: Path,
         *,
         checkpoint_seconds: float = 15.0,
+        extra: Extra | None = None,
     ) -> None:
-        """Prepare the cell, from the checkpoint in ``folder`` if there is one."""
+        """Prepare the cell, from the checkpoint in ``folder`` if there is one.
+
+        ``extra`` makes probes beside those that the settings name.
+        """
         self.settings, self.task, self.arm, self.folder = settings, task, arm, folder
         self.checkpoint_seconds = checkpoint_seconds
         self.model = arm.model
@@ -64,6 +70,7 @@ class Trainer:
         self.batches = Batches(len(task.train), self.batch_size, settings.seed)
         self.layers = find_layers(self.model, task.train.x[:2])
         self.probes = make_probes(settings, task, self.layers)
+        self.probes += extra(settings, self.layers) if extra else []
         self.step = 0
         self.seconds = dict.fromkeys(("train", *(probe.name for probe in self.probes)), 0.0)
         torch.manual_seed(settings.seed)  # dropout, the same for every arm
@@ -73,87 +80,53 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the checkpoint, if any; return how much of the records it stands for."""
-        path = self.folder / CHECKPOINT
-        if not path.is_file():
+        state = load_checkpoint(self.folder)
+        if state is None:
             return 0
         try:
-            state = torch.load(path, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["random"])
             self.step, self.seconds = state["step"], state["seconds"]
-            length: int = state["records"]
         except Exception as error:
-            # Not torch's own words: they advise to load it unsafely.
-            raise RecordError(
-                f"{path} cannot be read ({type(error).__name__}). Remove the folder "
-                f"{self.folder} to have this cell computed from its start."
-            ) from error
-        if (found := (self.folder / RECORDS).stat().st_size) < length:
-            raise RecordError(
-                f"{self.folder / RECORDS} has {found} bytes, its checkpoint stands for {length}. "
-                f"Remove the folder {self.folder} to have this cell computed from its start."
-            )
+            raise damaged(self.folder, error) from error
+        length: int = state["records"]
         return length
 
     def _checkpoint(self) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "records": self.records.sync(),
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        temporary = self.folder / f"{CHECKPOINT}.tmp"
-        with temporary.open("wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / CHECKPOINT)
+        save_checkpoint(
+            self.folder,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": torch.get_rng_state(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "records": self.records.sync(),
+            },
+        )
 
     def _write_manifest(self, state: str) -> None:
-        write_json(
-            self.folder / MANIFEST,
-            {
-                "format": FORMAT,
-                "cell": self.folder.name,
-                "settings": self.settings.document(),
-                "state": state,
-                "step": self.step,
-                "layers": [layer.name for layer in self.layers],
-                "unit": UNIT,
-                "parameters": sum(p.numel() for p in self.parameters.values()),
-                "changes": self.arm.changes,
-                "task": {
-                    "name": self.task.name,
-                    "kind": self.task.kind,
-                    "train": len(self.task.train),
-                    "test": len(self.task.test),
-                    "shape": list(self.task.shape),
-                    "outputs": self.task.outputs,
-                    "batch_size": self.batch_size,
-                    "constant_loss": self.task.constant_loss(),
-                    "note": self.task.note,
-                },
-                "versions": {
-                    "batchnorm": __version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                    "kernels": kernels(),
-                },
-                "machine": {
-                    "system": platform.platform(),
-                    "processor": platform.machine(),
-                    "cpus": os.cpu_count(),
-                    "threads": torch.get_num_threads(),
-                },
-                "timing": {
-                    **{name: round(value, 3) for name, value in self.seconds.items()},
-                    "total": round(sum(self.seconds.values()), 3),
-                },
+        write_manifest(
+            self.folder,
+            self.settings,
+            state,
+            self.step,
+            self.seconds,
+            layers=[layer.name for layer in self.layers],
+            unit=UNIT,
+            parameters=sum(p.numel() for p in self.parameters.values()),
+            changes=self.arm.changes,
+            task={
+                "name": self.task.name,
+                "kind": self.task.kind,
+                "train": len(self.task.train),
+                "test": len(self.task.test),
+                "shape": list(self.task.shape),
+                "outputs": self.task.outputs,
+                "batch_size": self.batch_size,
+                "constant_loss": self.task.constant_loss(),
+                "note": self.task.note,
             },
         )
 
