@@ -32,13 +32,13 @@ AGREEMENT = {"float32": 2e-2, "bfloat16": 1e-1}
 Row = dict[str, object]
 
 
-def measure(case: Case, seconds: float, rates: dict[int, float]) -> Row:
+def measure(case: Case, seconds: float, rates: dict[int, float], among: list[str]) -> Row:
     inputs = make_inputs(case)
     calls = {"ours": peers.ours(case, inputs)}
-    for name, make in peers.PEERS.items():
+    for name in among:
         if name in peers.SLOW_TO_START and case.shape not in FEW:
             continue
-        call = make(case, inputs)
+        call = peers.PEERS[name](case, inputs)
         if call is not None:
             calls[name] = call
     results = calls["ours"]()
@@ -108,7 +108,7 @@ def one_process(args: argparse.Namespace) -> None:
     rows, rates = [], {}
     for case in all_cases():
         if re.search(args.only, case.name):
-            rows.append(measure(case, args.seconds, rates))
+            rows.append(measure(case, args.seconds, rates, args.peers))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     place = environment()
@@ -124,6 +124,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", default="", help="a regular expression of case names")
     parser.add_argument("--seconds", type=float, default=0.15, help="per case and peer")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=peers.PEERS,
+        default=list(peers.PEERS),
+        help="all, unless named",
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--threads", type=int, help="1: in processor time, for a shared machine")
     parser.add_argument("--pages", choices=("ordinary", "huge", "both"), default="both")
