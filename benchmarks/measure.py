@@ -17,19 +17,23 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Time the calls in turn, so that what disturbs the machine disturbs all of them alike.
 
+    Every second turn goes backwards, or a peer's threads that still wait would disturb always the
+    same one.
     With one thread the time is the processor's, which does not count other processes' turns.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
+    order = list(calls)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, call in calls.items():
+        for name in order:
             start = clock()
-            result = call()
+            result = calls[name]()
             times[name].append(clock() - start)
             del result
+        order.reverse()
     return times
 
 
