@@ -399,7 +399,7 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
 
 // Rows of `width` elements; element j belongs to channel (j / span) % c. Two tricks keep vectors
 // full and loops long: several short rows are taken as one, and short runs of contiguous N,C,*
-// (2x2 to 7x7) are columns of their own. Columns are merged into channels afterwards.
+// (2x2, 3x3) are columns of their own. Columns are merged into channels afterwards.
 struct Columns {
   explicit Columns(const Shape& s, bool gate) : c(s.c) {
     if (s.columns) {

@@ -260,7 +260,7 @@ struct ForwardLoops {
   using Columns = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Coefficients<C>);
   Planes* planes;
   Columns* columns;
-  bool residual, gate;
+  bool gate;
 
   template <Activation A, bool Residual, bool Gate>
   static void in_planes(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
@@ -276,7 +276,7 @@ struct ForwardLoops {
   }
   template <Activation A, bool Residual, bool Gate>
   static ForwardLoops of() {
-    return {in_planes<A, Residual, Gate>, in_columns<A, Residual, Gate>, Residual, Gate};
+    return {in_planes<A, Residual, Gate>, in_columns<A, Residual, Gate>, Gate};
   }
 };
 
