@@ -633,7 +633,7 @@ def test_intermediate_values_are_not_kept():
 
 
 def test_training_goes_on_as_it_would_have():
-    datasets = pytest.importorskip("sklearn.datasets")
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs the extra 'digits'")
     images, classes = datasets.load_digits(return_X_y=True)
     x = torch.tensor(images).view(-1, 1, 8, 8) / 16
     t = torch.tensor(classes)
