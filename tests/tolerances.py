@@ -47,5 +47,5 @@ KERNEL_BY_TYPE = {
 any scale (float32); one rounding of the output, and dz rounded once more between the two halves
 of a synchronised backward (2^-8 and 2^-11, each on values a few times the typical one)."""
 
-# A value of order 1 that was computed in float64 and rounded once to float32.
 ROUNDED_ONCE = 2**-23
+"""A value of order 1 that was computed in float64 and rounded once to float32."""
