@@ -8,12 +8,17 @@ from collections.abc import Callable
 from torch import nn
 
 from batchnorm.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.noise import Noise, Noisy
+from batchnorm.nn.statistics import Lp, Statistics
 
-__all__ = ["NORMS", "make_norm"]
+__all__ = ["NORMS", "make_norm", "makes_bias_redundant"]
+
+_Factory = Callable[[int, int], nn.Module]
 
 
-def _batch(channels: int, rank: int) -> nn.Module:
-    return (BatchNorm1d, BatchNorm1d, BatchNorm2d, BatchNorm3d)[rank](channels)
+def _batch(statistics: Statistics | None = None) -> _Factory:
+    layers = (BatchNorm1d, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+    return lambda channels, rank: layers[rank](channels, statistics=statistics)
 
 
 def _layer(channels: int, rank: int) -> nn.Module:
@@ -28,13 +33,30 @@ def _group(channels: int, rank: int) -> nn.Module:
     return nn.GroupNorm(groups if groups < channels else max(1, groups // 2), channels)
 
 
-NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+NORMS: dict[str, _Factory] = {
     "none": lambda channels, rank: nn.Identity(),
-    "batch": _batch,
+    "batch": _batch(),
     "layer": _layer,
     "group": _group,
+    # [P2] Section 3.3: centred as batch norm, scaled by the raw moment of order p.
+    "l1": _batch(Lp(1)),
+    "l2": _batch(Lp(2)),
+    "linf": _batch(Lp(math.inf)),
+    # [P2] Section 2.2: batch norm with noise behind it, and the same noise on its own.
+    "noisy": _batch(Noisy()),
+    "noise": lambda channels, rank: Noise(),
 }
 """Name → factory of (channels, number of spatial dimensions). Studies add theirs."""
+
+_CENTRING = ("batch", "noisy")
+
+
+def makes_bias_redundant(name: str) -> bool:
+    """Whether the normalisation takes a bias before it away entirely ([P1] Section 3.2).
+
+    The raw moments of ``l1``, ``l2`` and ``linf`` feel the mean, so that a bias acts on the scale.
+    """
+    return name in _CENTRING
 
 
 def make_norm(name: str, channels: int, rank: int) -> nn.Module:

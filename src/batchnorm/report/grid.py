@@ -25,13 +25,22 @@ _STYLES = [
     ("#7a5c00", "#e3c04c", "12 4"),
     ("#4a4a8f", "#a9a9f5", "4 2 1 2"),
     ("#5b5b5b", "#bdbdbd", "1 2"),
+    ("#a3123f", "#ff8fa8", "7 2 2 2 2 2"),
 ]
-_NAMES = {
-    "none": ("no normalization", "without normalization", 0),
-    "batch": ("batch norm", "with batch norm", 1),
-    "layer": ("layer norm", "with layer norm", 2),
-    "group": ("group norm", "with group norm", 3),
+_OWN = {"none": 0, "batch": 1, "layer": 2, "group": 3}
+_LABELS = {
+    "none": "no normalization",
+    "batch": "batch norm",
+    "layer": "layer norm",
+    "group": "group norm",
+    "weight": "weight standardization",
+    "l1": "ℓ1 normalization",
+    "l2": "ℓ2 normalization",
+    "linf": "ℓ∞ normalization",
+    "noisy": "noisy batch norm",
+    "noise": "noise without batch norm",
 }
+_PHRASES = {"none": "without normalization", "noise": "with noise and without batch norm"}
 
 
 @dataclass(frozen=True)
@@ -86,13 +95,14 @@ def across(seeds: Sequence[Mapping[int, float]]) -> Series | None:
 
 def arms_of(names: Sequence[str]) -> list[Arm]:
     """How each arm is called and drawn; the usual ones are drawn the same everywhere."""
-    taken = {_NAMES[name][2] for name in names if name in _NAMES}
+    taken = {_OWN[name] for name in names if name in _OWN}
     free = [slot for slot in range(len(_STYLES)) if slot not in taken]
     arms: list[Arm] = []
     for name in names:
-        others = sum(arm.name not in _NAMES for arm in arms)
+        others = sum(arm.name not in _OWN for arm in arms)
         default = free[others % len(free)] if free else others % len(_STYLES)
-        label, phrase, slot = _NAMES.get(name, (name, f"with {name}", default))
+        label, slot = _LABELS.get(name, name), _OWN.get(name, default)
+        phrase = _PHRASES.get(name, f"with {label}")
         arms.append(Arm(name, label, phrase, *_STYLES[slot]))
     return arms
 

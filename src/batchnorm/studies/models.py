@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from batchnorm.nn.norms import NORMS, make_norm
+from batchnorm.nn.norms import NORMS, make_norm, makes_bias_redundant
+from batchnorm.nn.weight_standardization import StandardizedConv2d, StandardizedLinear
 from batchnorm.studies.callables import CallableError, is_callable_name, load_callable
 from batchnorm.studies.settings import CellSettings, SettingsError
 from batchnorm.studies.tasks import Task
@@ -34,11 +35,22 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _dense(name: str, inputs: int, outputs: int, norm: str, activation: str) -> _Parts:
+WEIGHT = "weight"
+"""The arm that standardises weights: a kind of linear operation, not a layer behind it."""
+
+
+def _norm(norm: str, channels: int, rank: int) -> nn.Module:
+    return make_norm("none" if norm == WEIGHT else norm, channels, rank)
+
+
+def _dense(
+    name: str, inputs: int, outputs: int, norm: str, activation: str, bias: bool = True
+) -> _Parts:
     """Z = g(BN(Wu)): the bias is left to β ([P1] Section 3.2)."""
+    layer = StandardizedLinear if norm == WEIGHT else nn.Linear
     return {
-        name: nn.Linear(inputs, outputs, bias=norm != "batch"),
-        f"{name}_norm": make_norm(norm, outputs, 0),
+        name: layer(inputs, outputs, bias=bias and not makes_bias_redundant(norm)),
+        f"{name}_norm": _norm(norm, outputs, 0),
         f"{name}_activation": _ACTIVATIONS[activation](),
     }
 
@@ -46,9 +58,13 @@ def _dense(name: str, inputs: int, outputs: int, norm: str, activation: str) -> 
 def _conv(
     name: str, inputs: int, outputs: int, norm: str, activation: str, stride: int = 1
 ) -> _Parts:
+    layer, bias = (
+        StandardizedConv2d if norm == WEIGHT else nn.Conv2d,
+        not makes_bias_redundant(norm),
+    )
     return {
-        name: nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=norm != "batch"),
-        f"{name}_norm": make_norm(norm, outputs, 2),
+        name: layer(inputs, outputs, 3, stride, padding=1, bias=bias),
+        f"{name}_norm": _norm(norm, outputs, 2),
         f"{name}_activation": _ACTIVATIONS[activation](),
     }
 
@@ -97,8 +113,15 @@ def linear(
     width: int | None = None,
     activation: str | None = None,
 ) -> nn.Module:
-    """Deep linear network: by default 25 layers ([P2] Section 3), the last without a norm."""
-    return mlp(shape, outputs, norm, (depth or 25) - 1, width or outputs, activation or "identity")
+    """Deep linear network W₁…W_k x, by default k = 25 ([P2] Section 3); W₁ gives the output."""
+    parts: _Parts = {"flatten": nn.Flatten()}
+    units, size = math.prod(shape), width or outputs
+    for layer in range(1, depth or 25):
+        name = f"hidden{layer}"
+        parts |= _dense(name, units, size, norm, activation or "identity", bias=False)
+        units = size
+    last = StandardizedLinear if norm == WEIGHT else nn.Linear
+    return nn.Sequential(OrderedDict(**parts, output=last(units, outputs, bias=False)))
 
 
 def cnn(
@@ -155,10 +178,11 @@ class _ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, norm: str, activation: str, stride: int) -> None:
         super().__init__()
         shortcut: _Parts = {}
+        layer = StandardizedConv2d if norm == WEIGHT else nn.Conv2d
         if stride != 1 or inputs != outputs:
             shortcut = {
-                "conv": nn.Conv2d(inputs, outputs, 1, stride, bias=norm != "batch"),
-                "norm": make_norm(norm, outputs, 2),
+                "conv": layer(inputs, outputs, 1, stride, bias=not makes_bias_redundant(norm)),
+                "norm": _norm(norm, outputs, 2),
             }
         convolutions = _conv("conv1", inputs, outputs, norm, activation, stride)
         convolutions |= _conv("conv2", outputs, outputs, norm, "identity")
@@ -305,6 +329,11 @@ def _own(settings: CellSettings, task: Task) -> Arm:
                 f"model={name!r} decides that itself. Leave it out."
             )
     takes_norm = "norm" in inspect.signature(load_callable("model", name)).parameters
+    if norm == WEIGHT and not takes_norm:
+        raise SettingsError(
+            f"norm={norm!r} changes the linear operations themselves, which model={name!r} makes. "
+            "Give it an argument norm= that decides, or leave this norm out."
+        )
     model = called(name, norm=norm) if takes_norm else called(name)
     _check_fits(name, model, task)
     example, changes = task.train.x[:2], []
@@ -338,8 +367,8 @@ def build_arm(settings: CellSettings, task: Task) -> Arm:
         SettingsError: model or norm is unknown, or does not fit the task.
         CallableError: the user's callable failed or returned something else.
     """
-    if settings.norm not in NORMS:
-        raise SettingsError(unknown("norm", settings.norm, NORMS))
+    if settings.norm not in (known := [*NORMS, WEIGHT]):
+        raise SettingsError(unknown("norm", settings.norm, known))
     torch.manual_seed(settings.seed)
     if settings.model in MODELS:
         return _built_in(settings, task)

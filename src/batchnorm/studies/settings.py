@@ -195,8 +195,8 @@ class CellSettings(TrainingSettings, CellBase):
         return self.steps
 
     def axes(self) -> dict[str, Any]:
-        """Norm, learning rate and seed."""
-        return {"norm": self.norm, "lr": self.lr, "seed": self.seed}
+        """Norm, learning rate and seed, and the network, as some studies have two."""
+        return {"norm": self.norm, "lr": self.lr, "seed": self.seed, "model": self.model}
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -211,7 +211,7 @@ class CompareSettings(TrainingSettings):
     """Settings of ``batchnorm compare``: the shared ones, and three axes."""
 
     norm: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ("none", "batch")
-    """Arms: none, batch, layer, group."""
+    """Arms: none, batch, layer, group, weight (standardised), l1, l2, linf, noisy, noise."""
 
     lr: Annotated[tuple[PositiveRate, ...], AfterValidator(_distinct)] = (0.1, 1.0, 10.0)
     """Learning rates; each arm is trained with each."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from batchnorm.nn.norms import make_norm
+from batchnorm.nn.norms import make_norm, makes_bias_redundant
 from batchnorm.transforms.dataflow import INSERTED, trace
 from batchnorm.transforms.replace import channels_and_rank
 
@@ -59,7 +59,7 @@ def insert(model: nn.Module, norm: str, example: Tensor) -> list[str]:
         flow.module.add_module(INSERTED, make_norm(norm, channels, rank))
         flow.module.register_forward_hook(_normalize_output)
         change = f"{flow.name}: {norm} norm inserted behind it"
-        if norm == "batch" and flow.module.bias is not None:
+        if makes_bias_redundant(norm) and flow.module.bias is not None:
             flow.module.register_parameter("bias", None)
             change += ", its redundant bias dropped"
         changes.append(change)
