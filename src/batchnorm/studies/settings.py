@@ -23,6 +23,7 @@ __all__ = [
     "SettingsError",
     "StudySettings",
     "TrainingSettings",
+    "distinct",
     "problems",
 ]
 
@@ -199,7 +200,8 @@ class CellSettings(TrainingSettings, CellBase):
         return {"norm": self.norm, "lr": self.lr, "seed": self.seed, "model": self.model}
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """See that a setting names something, and nothing twice."""
     if not values:
         raise ValueError("must name at least one value")
     if len(set(values)) != len(values):
@@ -210,10 +212,10 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 class CompareSettings(TrainingSettings):
     """Settings of ``batchnorm compare``: the shared ones, and three axes."""
 
-    norm: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ("none", "batch")
+    norm: Annotated[tuple[str, ...], AfterValidator(distinct)] = ("none", "batch")
     """Arms: none, batch, layer, group, weight (standardised), l1, l2, linf, noisy, noise."""
 
-    lr: Annotated[tuple[PositiveRate, ...], AfterValidator(_distinct)] = (0.1, 1.0, 10.0)
+    lr: Annotated[tuple[PositiveRate, ...], AfterValidator(distinct)] = (0.1, 1.0, 10.0)
     """Learning rates; each arm is trained with each."""
 
     seeds: Annotated[int, Field(ge=1)] = 3

@@ -16,16 +16,35 @@ from batchnorm.studies.cell_run import CellRun
 from batchnorm.studies.settings import (
     CellBase,
     CellSettings,
+    SettingsError,
     StudySettings,
     TrainingSettings,
 )
 from batchnorm.verdicts import Claim, Verdict, judge
 
-__all__ = ["Study", "TrainingStudySettings", "train", "training_cells"]
+__all__ = ["Study", "TrainingStudySettings", "check_data_given", "train", "training_cells"]
 
 
 class TrainingStudySettings(TrainingSettings, StudySettings):
     """Settings of a study that trains networks, the user's own among them."""
+
+
+_DATA = {"mnist": ("MNIST", "ylecun/mnist"), "cifar10": ("CIFAR-10", "uoft-cs/cifar10")}
+
+
+def check_data_given(settings: TrainingStudySettings) -> None:
+    """See that a full scale, whose data are not part of this package, was given them.
+
+    Raises:
+        SettingsError: the task is still the name that stands for them.
+    """
+    if settings.task in _DATA:
+        name, hub = _DATA[settings.task]
+        raise SettingsError(
+            f"task={settings.task!r}: the full scale needs {name} itself, which is not part of "
+            f"this package. Give its folder (--task path/to/{settings.task}) or its name on the "
+            f"hub (--task {hub}). --scale quick runs on embedded data."
+        )
 
 
 def train(cell: CellSettings, at: CellRun) -> None:

@@ -12,7 +12,7 @@ from batchnorm.records import Run
 from batchnorm.report.grid import Grid
 from batchnorm.report.spec import Chart
 from batchnorm.studies.settings import CellSettings, PositiveRate, SettingsError
-from batchnorm.studies.study import TrainingStudySettings, training_cells
+from batchnorm.studies.study import TrainingStudySettings, check_data_given, training_cells
 
 __all__ = [
     "LINEAR",
@@ -70,11 +70,12 @@ def two_networks(
 
 
 def check_two(settings: TwoNetworks) -> None:
-    """See that the first network is not the deep linear one.
+    """See that the first network is not the deep linear one, and has data.
 
     Raises:
-        SettingsError: it is.
+        SettingsError: it is, or has none.
     """
+    check_data_given(settings)
     if settings.model == LINEAR:
         raise SettingsError(
             "model='linear': this study has the deep linear network beside yours; its settings are "

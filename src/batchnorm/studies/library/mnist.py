@@ -6,15 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from batchnorm.records import Cell, Run
+from batchnorm.records import Run
 from batchnorm.report.charts.activations import percentiles
 from batchnorm.report.charts.panels import seed_lines, seeds_band, steps_axis
 from batchnorm.report.grid import Grid
 from batchnorm.report.papers import P1
 from batchnorm.report.spec import Axis, Chart, Line, Panel
 from batchnorm.report.words import count, percent
-from batchnorm.studies.settings import CellSettings, PositiveRate, SettingsError
-from batchnorm.studies.study import Study, TrainingStudySettings, training_cells
+from batchnorm.studies.measures import pairs
+from batchnorm.studies.settings import CellSettings, PositiveRate
+from batchnorm.studies.study import (
+    Study,
+    TrainingStudySettings,
+    check_data_given,
+    training_cells,
+)
 from batchnorm.verdicts import Above, Below, CannotTellError, Claim
 
 # Test accuracy by step, digitised from the vector figure: good to 1–2 % of its axis.
@@ -35,20 +41,6 @@ def cells(settings: Settings) -> list[CellSettings]:
     return training_cells(settings, lr=[settings.lr])
 
 
-def check(settings: Settings) -> None:
-    if settings.task == "mnist":
-        raise SettingsError(
-            "task='mnist': the full scale needs MNIST itself, which is not part of this package. "
-            "Give its folder (--task path/to/mnist) or its name on the hub (--task ylecun/mnist). "
-            "--scale quick runs on the embedded digits."
-        )
-
-
-def _pairs(run: Run) -> dict[int, tuple[Cell, Cell]]:
-    plain, normed = run.by_seed(norm="none"), run.by_seed(norm="batch")
-    return {seed: (plain[seed], normed[seed]) for seed in plain if seed in normed}
-
-
 def _distance(run: Run, norm: str) -> dict[int, float]:
     """Mean distance from the paper's curve over its points."""
     found = {}
@@ -64,7 +56,7 @@ def _distance(run: Run, norm: str) -> dict[int, float]:
 def _speed(run: Run) -> dict[int, float]:
     """Steps of the plain network to its best accuracy, over those of batch norm to the same."""
     found = {}
-    for seed, (plain, normed) in _pairs(run).items():
+    for seed, (plain, normed) in pairs(run).items():
         slow = plain.series("test/accuracy")
         best = max(slow.values())
         first = min(step for step, value in slow.items() if value == best)
@@ -76,7 +68,7 @@ def _speed(run: Run) -> dict[int, float]:
 
 def _gain(run: Run) -> dict[int, float]:
     ends = {}
-    for seed, pair in _pairs(run).items():
+    for seed, pair in pairs(run).items():
         plain, normed = (cell.series("test/accuracy") for cell in pair)
         ends[seed] = normed[max(normed)] - plain[max(plain)]
     return ends
@@ -85,7 +77,7 @@ def _gain(run: Run) -> dict[int, float]:
 def _wandering(run: Run) -> dict[int, float]:
     """Range of the unit's median over the run, without batch norm over with it."""
     found = {}
-    for seed, pair in _pairs(run).items():
+    for seed, pair in pairs(run).items():
         layer = pair[0].layers[-2]
         plain, normed = (list(cell.series("activation/p50", layer).values()) for cell in pair)
         found[seed] = float(np.ptp(plain) / np.ptp(normed))
@@ -159,7 +151,7 @@ STUDY = Study(
         ),
     },
     cells=cells,
-    check=check,
+    check=check_data_given,
     figures=figures,
     lines=("none", "batch", "[P1] without batch norm", "[P1] with batch norm"),
     claims=[
