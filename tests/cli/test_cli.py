@@ -104,6 +104,7 @@ def test_report_draws_pictures_and_exports(
         "norm": "none",
         "lr": 0.1,
         "seed": 0,
+        "model": "mlp",
         "step": record.step,
         "layer": record.layer,
         "quantity": record.quantity,

@@ -130,11 +130,11 @@ STUDY = Study(
         "quick": Settings(
             model="cnn",
             batch_size=60,
-            steps=200,
+            steps=150,
             probes=("loss", "performance", "landscape"),
             landscape_points=4,
             test_limit=300,
-            linear_steps=1000,
+            linear_steps=400,
         ),
         "full": Settings(
             task="cifar10",

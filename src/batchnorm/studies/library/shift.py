@@ -68,7 +68,7 @@ STUDY = Study(
     settings=Settings,
     scales={
         "quick": Settings(
-            model="cnn", batch_size=60, steps=300, probes=("loss", "shift"), linear_steps=1000
+            model="cnn", batch_size=60, steps=300, probes=("loss", "shift"), linear_steps=600
         ),
         "full": Settings(
             task="cifar10",
