@@ -150,18 +150,22 @@ def test_landscape_keeps_an_overflow_visible(step: Step) -> None:
     assert not np.isfinite(found["", "landscape/loss_high"])
 
 
-def test_landscape_costs_one_pass_a_point(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
+def test_landscape_costs_one_pass_a_point_and_one_copy(
+    step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
     forward = step.model.forward
 
     def counted(x: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
+        copies.append({value.data_ptr() for value in step.model.parameters()})
         return forward(x)
 
+    own = {value.data_ptr() for value in step.model.parameters()}
     monkeypatch.setattr(step.model, "forward", counted)
     list(probes.Landscape(6).before_update(step))
-    assert calls == 6
+    assert len(copies) == 6
+    assert all(copy == copies[0] for copy in copies)
+    assert not copies[0] & own
 
 
 def test_weights(step: Step, numpy_network: Linear) -> None:

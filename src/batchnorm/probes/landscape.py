@@ -52,13 +52,13 @@ class Landscape(Probe):
         """Five numbers for the whole network."""
         length = _norm(step.gradients)
         losses, changes, smoothness = [], [], []
+        # One copy of the weights, which every step size overwrites.
+        moved = {name: torch.empty_like(step.parameters[name]) for name in step.gradients}
         for multiple in self.multiples:
             eta = multiple * step.lr
-            moved = {
-                name: value - eta * step.gradients[name] if name in step.gradients else value
-                for name, value in step.parameters.items()
-            }
-            loss, gradients = step.loss_and_gradients(moved, step.gradients)
+            for name, value in moved.items():
+                torch.mul(step.gradients[name], -eta, out=value).add_(step.parameters[name])
+            loss, gradients = step.loss_and_gradients(step.parameters | moved, step.gradients)
             change = _norm({n: step.gradients[n] - g for n, g in gradients.items()})
             losses.append(loss)
             changes.append(change)
