@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tests import tolerances
@@ -160,3 +162,27 @@ def test_what_cannot_be_built_is_named(
 def test_unknown_depth_of_vgg() -> None:
     with pytest.raises(SettingsError, match="choose 13 or 16"):
         build_arm(settings(model="vgg", depth=11), image_task(32))
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", f"{HERE}:functional", f"{HERE}:normalized"])
+def test_frozen_statistics_are_measured_over_the_data_and_stay(digits: Task, name: str) -> None:
+    few = replace(digits, train=digits.train.subset(200, seed=0))
+    model = build_arm(settings(model=name, norm="frozen"), few).model.train()
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    outputs: list[torch.Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, _, y: outputs.append(y.detach().clone()))
+    before = [layer.running_mean.clone() for layer in layers]
+    model(few.train.x)
+    assert all(torch.equal(m.running_mean, b) for m, b in zip(layers, before, strict=True))
+    for y in outputs:
+        values = y.transpose(0, 1).flatten(1)
+        assert (values.mean(1).abs() < tolerances.MEASURED).all()
+        assert torch.allclose(values.var(1), torch.ones(()), atol=tolerances.MEASURED)
+
+
+def test_ghosts_are_batch_norm_of_parts(digits: Task) -> None:
+    x = digits.train.x[:8]
+    batch, ghost = (build_arm(settings(norm=n), digits).model.train() for n in ("batch", "ghost4"))
+    parts = torch.cat([batch(part) for part in x.split(4)])
+    assert torch.allclose(ghost(x), parts, atol=tolerances.LIKE_TORCH)

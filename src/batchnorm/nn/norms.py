@@ -9,7 +9,7 @@ from torch import nn
 
 from batchnorm.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.noise import Noise, Noisy
-from batchnorm.nn.statistics import Lp, Statistics
+from batchnorm.nn.statistics import Frozen, Ghost, Lp, Ramp, Renorm, Statistics
 
 __all__ = ["NORMS", "make_norm", "makes_bias_redundant"]
 
@@ -33,6 +33,8 @@ def _group(channels: int, rank: int) -> nn.Module:
     return nn.GroupNorm(groups if groups < channels else max(1, groups // 2), channels)
 
 
+_GHOSTS = (2, 4, 8, 16, 32)
+
 NORMS: dict[str, _Factory] = {
     "none": lambda channels, rank: nn.Identity(),
     "batch": _batch(),
@@ -45,16 +47,22 @@ NORMS: dict[str, _Factory] = {
     # [P2] Section 2.2: batch norm with noise behind it, and the same noise on its own.
     "noisy": _batch(Noisy()),
     "noise": lambda channels, rank: Noise(),
+    **{f"ghost{size}": _batch(Ghost(size)) for size in _GHOSTS},
+    # The ramp of arXiv 1702.03275, 50 times as steep: our runs are that much shorter.
+    "renorm": _batch(Renorm(schedule=Ramp(start=100, r_end=800, d_end=500))),
+    # 0 and 1 until someone measures them; arms of a study have them measured before training.
+    "frozen": _batch(Frozen()),
 }
 """Name → factory of (channels, number of spatial dimensions). Studies add theirs."""
 
-_CENTRING = ("batch", "noisy")
+_CENTRING = ("batch", "noisy", "renorm", *(f"ghost{size}" for size in _GHOSTS))
 
 
 def makes_bias_redundant(name: str) -> bool:
     """Whether the normalisation takes a bias before it away entirely ([P1] Section 3.2).
 
-    The raw moments of ``l1``, ``l2`` and ``linf`` feel the mean, so that a bias acts on the scale.
+    The raw moments of ``l1``, ``l2`` and ``linf`` feel the mean, so that a bias acts on the scale,
+    and the statistics of ``frozen`` do not follow it. ``renorm`` gives it no gradient.
     """
     return name in _CENTRING
 

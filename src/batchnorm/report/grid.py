@@ -39,6 +39,9 @@ _LABELS = {
     "linf": "ℓ∞ normalization",
     "noisy": "noisy batch norm",
     "noise": "noise without batch norm",
+    **{f"ghost{size}": f"ghost batch norm of {size}" for size in (2, 4, 8, 16, 32)},
+    "renorm": "batch renormalization",
+    "frozen": "frozen batch norm",
 }
 _PHRASES = {"none": "without normalization", "noise": "with noise and without batch norm"}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from batchnorm.nn.norms import NORMS, make_norm, makes_bias_redundant
 from batchnorm.nn.weight_standardization import StandardizedConv2d, StandardizedLinear
+from batchnorm.studies.calibration import measure_frozen
 from batchnorm.studies.callables import CallableError, is_callable_name, load_callable
 from batchnorm.studies.settings import CellSettings, SettingsError
 from batchnorm.studies.tasks import Task
@@ -371,9 +372,14 @@ def build_arm(settings: CellSettings, task: Task) -> Arm:
         raise SettingsError(unknown("norm", settings.norm, known))
     torch.manual_seed(settings.seed)
     if settings.model in MODELS:
-        return _built_in(settings, task)
-    if is_callable_name(settings.model):
-        return _own(settings, task)
-    raise SettingsError(
-        unknown("model", settings.model, MODELS) + " Your own network is given as module:callable."
-    )
+        arm = _built_in(settings, task)
+    elif is_callable_name(settings.model):
+        arm = _own(settings, task)
+    else:
+        raise SettingsError(
+            unknown("model", settings.model, MODELS)
+            + " Your own network is given as module:callable."
+        )
+    if settings.norm == "frozen":
+        measure_frozen(arm.model, task.train)
+    return arm

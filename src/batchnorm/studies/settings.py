@@ -213,7 +213,8 @@ class CompareSettings(TrainingSettings):
     """Settings of ``batchnorm compare``: the shared ones, and three axes."""
 
     norm: Annotated[tuple[str, ...], AfterValidator(distinct)] = ("none", "batch")
-    """Arms: none, batch, layer, group, weight (standardised), l1, l2, linf, noisy, noise."""
+    """Arms: none, batch, layer, group, weight (standardised), ghost2 to ghost32, renorm, frozen,
+    l1, l2, linf, noisy, noise."""
 
     lr: Annotated[tuple[PositiveRate, ...], AfterValidator(distinct)] = (0.1, 1.0, 10.0)
     """Learning rates; each arm is trained with each."""

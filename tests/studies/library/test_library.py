@@ -20,7 +20,7 @@ def test_every_study_is_whole(name: str, tmp_path: Path) -> None:
     assert study.name == name
     assert set(study.scales) == {"quick", "full"}
     assert (DOCS / f"{name}.md").is_file()
-    assert (Path(__file__).parent / f"test_{name}.py").is_file()
+    assert (Path(__file__).parent / f"test_{name.replace('-', '_')}.py").is_file()
     ids = [claim.id for claim in study.claims]
     assert len(set(ids)) == len(ids)
     empty = Run(tmp_path, {"study": name, "scale": "quick", "cells": []}, ())

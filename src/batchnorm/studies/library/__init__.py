@@ -13,8 +13,8 @@ __all__ = ["load", "names"]
 
 
 def names() -> list[str]:
-    """Names of all studies."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Names of all studies: those of their modules, with hyphens."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def load(name: str) -> Study:
@@ -29,5 +29,5 @@ def load(name: str) -> Study:
     """
     if name not in names():
         raise SettingsError(unknown("study", name, names()))
-    study: Study = import_module(f"{__name__}.{name}").STUDY
+    study: Study = import_module(f"{__name__}.{name.replace('-', '_')}").STUDY
     return study
