@@ -22,6 +22,7 @@ __all__ = ["write_charts", "write_png"]
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches of one panel
 _COLUMNS = 4
+_SAMPLE, _LETTER = 0.7, 0.08  # inches of the legend: a line's sample, a letter of its name
 
 
 def write_png(run: Run, folder: Path) -> list[Path]:
@@ -90,9 +91,15 @@ def _figure(figures: Any, chart: Chart, title: str, panels: list[Panel], arms: l
         axes.plot([], [], color=arms[i].light, linestyle=_dash(arms[i]), label=arms[i].label)[0]
         for i in shown
     ]
+    widest = max(len(arms[i].label) for i in shown)
+    fitting = max(1, int(size[0] / (_SAMPLE + _LETTER * widest)))
     note = f"band: {chart.band}" if chart.band else None
     legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), title=note, frameon=False
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(handles), fitting),
+        title=note,
+        frameon=False,
     )
     legend.get_title().set_fontsize("small")
     return figure

@@ -44,15 +44,16 @@ def sized_cells(
 ) -> list[SizedCell]:
     """The cells of one batch size: as many examples as the largest's, and a rate in proportion.
 
-    ``every`` too counts in the largest's steps, so that all measure after as many examples.
+    ``every`` too counts in the largest's steps, so that all measure after as many examples. The
+    built-in mlp has ReLUs unless the settings say otherwise.
     """
     share = size / max(settings.sizes)
-    steps = {"steps": max(1, round(settings.steps / share))}
+    changes |= {"batch_size": size, "steps": max(1, round(settings.steps / share))}
     if settings.every is not None:
-        steps["every"] = max(1, round(settings.every / share))
-    cells = training_cells(
-        settings, norm=norm, lr=[settings.lr * share], batch_size=size, **steps, **changes
-    )
+        changes["every"] = max(1, round(settings.every / share))
+    if settings.model == "mlp" and settings.activation is None:
+        changes["activation"] = "relu"
+    cells = training_cells(settings, norm=norm, lr=[settings.lr * share], **changes)
     return [SizedCell(**cell.model_dump()) for cell in cells]
 
 

@@ -17,7 +17,7 @@ NORMS = ("batch", "group", "renorm", "frozen")
 GHOSTS = {f"ghost{size}": size for size in (2, 4, 8, 16)}
 """Parts of the largest batch that are normalised by themselves."""
 
-LINES = (*NORMS, "batch norm over parts of the largest batch")
+LINES = (*NORMS, "parts of the largest batch")
 
 _GROUP = "arXiv 1803.08494"
 _RENORM = "arXiv 1702.03275"
@@ -32,14 +32,11 @@ class Settings(SizedSettings):
 def cells(settings: Settings) -> list[CellSettings]:
     largest = max(settings.sizes)
     ghosts = [name for name, size in GHOSTS.items() if size in settings.sizes and size < largest]
-    changes = {}
-    if settings.model == "mlp" and settings.activation is None:
-        changes["activation"] = "relu"
     return [
         cell
         for norms, sizes in ((NORMS, settings.sizes), (ghosts, (largest,)))
         for size in sizes
-        for cell in sized_cells(settings, norms, size, **changes)
+        for cell in sized_cells(settings, norms, size)
     ]
 
 
