@@ -2,6 +2,7 @@
 
 from batchnorm.probes.activations import Activations
 from batchnorm.probes.gradients import Gradients
+from batchnorm.probes.inference import Population, TestBatches
 from batchnorm.probes.landscape import Landscape
 from batchnorm.probes.layers import Layer, find_layers
 from batchnorm.probes.performance import BatchLoss, Performance
@@ -19,10 +20,12 @@ __all__ = [
     "Layer",
     "Observation",
     "Performance",
+    "Population",
     "Probe",
     "Running",
     "Shift",
     "Step",
+    "TestBatches",
     "Weights",
     "find_layers",
     "observe",

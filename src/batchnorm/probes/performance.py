@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.probes.layers import Layer
 from batchnorm.probes.probe import Probe
@@ -13,9 +13,28 @@ from batchnorm.probes.step import Step
 from batchnorm.records import Record
 from batchnorm.transforms.dataflow import preserved
 
-__all__ = ["BatchLoss", "Performance"]
+__all__ = ["BatchLoss", "Performance", "evaluate", "scores"]
 
 _CHUNK = 500
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def scores(outputs: Tensor, y: Tensor, loss_function: Loss) -> dict[str, float]:
+    """The mean loss an example and, where ``y`` are classes, the ``accuracy``."""
+    if y.is_floating_point():
+        return {"loss": float(loss_function(outputs, y)) / len(y)}
+    right = (outputs.argmax(1) == y).float().mean()
+    return {"accuracy": float(right), "loss": float(loss_function(outputs, y))}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, loss_function: Loss) -> dict[str, float]:
+    """The :func:`scores` of a network in evaluation mode; its modes are left as they were."""
+    with preserved(model):
+        model.eval()
+        outputs = torch.cat([model(chunk) for chunk in x.split(_CHUNK)])
+    return scores(outputs, y, loss_function)
 
 
 class BatchLoss(Probe):
@@ -38,7 +57,7 @@ class Performance(Probe):
     def __init__(
         self,
         sets: Mapping[str, tuple[Tensor, Tensor]],
-        loss_function: Callable[[Tensor, Tensor], Tensor],
+        loss_function: Loss,
     ) -> None:
         """``sets`` are named (x, y) pairs; integer y are classes."""
         self.sets = sets
@@ -50,14 +69,6 @@ class Performance(Probe):
 
     def before_update(self, step: Step) -> Iterator[Record]:
         """A loss and an accuracy for each set."""
-        with preserved(step.model), torch.no_grad():
-            step.model.eval()
-            for name, (x, y) in self.sets.items():
-                outputs = torch.cat([step.model(chunk) for chunk in x.split(_CHUNK)])
-                if y.is_floating_point():
-                    loss = float(self.loss_function(outputs, y)) / len(y)
-                else:
-                    loss = float(self.loss_function(outputs, y))
-                    right = (outputs.argmax(1) == y).float().mean()
-                    yield Record(step.number, "", f"{name}/accuracy", float(right))
-                yield Record(step.number, "", f"{name}/loss", loss)
+        for name, (x, y) in self.sets.items():
+            for what, value in evaluate(step.model, x, y, self.loss_function).items():
+                yield Record(step.number, "", f"{name}/{what}", value)

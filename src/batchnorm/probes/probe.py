@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -36,6 +36,14 @@ class Probe:
     def modules(self, model: nn.Module, layers: list[Layer]) -> list[nn.Module]:
         """Modules whose input and output it wants to see in the training step's forward pass."""
         return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What one measurement leaves to the next: tensors and plain values, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave; called only where that was not empty."""
+        raise NotImplementedError
 
     def before_update(self, step: Step) -> Iterator[Record]:
         """Measure at θ_t, with its gradients at hand."""

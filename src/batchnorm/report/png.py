@@ -81,10 +81,10 @@ def _figure(figures: Any, chart: Chart, title: str, panels: list[Panel], arms: l
     size = (max(_WIDTH * columns, 1.3 * _WIDTH), _HEIGHT * rows + 0.9)
     figure = figures.Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, panel in zip(all_axes, panels, strict=False):
         _draw(axes, chart, panel, arms)
-    for axes in list(all_axes)[len(panels) :]:
+    for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
     shown = sorted({line.arm for panel in panels for line in panel.lines})
     handles = [

@@ -88,6 +88,9 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["random"])
             self.step, self.seconds = state["step"], state["seconds"]
+            for probe in self.probes:
+                if probe.name in state["probes"]:
+                    probe.load_state_dict(state["probes"][probe.name])
         except Exception as error:
             raise damaged(self.folder, error) from error
         length: int = state["records"]
@@ -102,6 +105,7 @@ class Trainer:
                 "random": torch.get_rng_state(),
                 "step": self.step,
                 "seconds": self.seconds,
+                "probes": {p.name: kept for p in self.probes if (kept := p.state_dict())},
                 "records": self.records.sync(),
             },
         )
