@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROUNDING = 1e-12
-_STANDSTILL = 0.05  # exactly zero would never be told: an interval has two sides
 """Relative, float64: a sum over the batch whose terms cancel, each rounded at 1e-16."""
+
+_STANDSTILL = 0.05
+"""Growth that counts as none: exactly zero could not be told, an interval having two sides."""
 
 _MEASURED = 50  # points of a curve
 

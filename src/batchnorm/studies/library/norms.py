@@ -130,11 +130,11 @@ STUDY = Study(
         "quick": Settings(
             model="cnn",
             batch_size=60,
-            steps=150,
+            steps=120,
             probes=("loss", "performance", "landscape"),
-            landscape_points=4,
-            test_limit=300,
-            linear_steps=400,
+            landscape_points=3,
+            test_limit=200,
+            linear_steps=300,
         ),
         "full": Settings(
             task="cifar10",
