@@ -79,6 +79,19 @@ def test_the_recorded_command_runs_the_same_again(run: tuple[Path, str]) -> None
     assert (out / STUDY).read_text() == before
 
 
+@pytest.mark.parametrize("switch", ["--lrn", "--no-lrn"])
+def test_a_switch_is_recorded_as_it_is_typed(tmp_path: Path, inside: Inside, switch: str) -> None:
+    out = tmp_path / "run"
+    settings = ["--model", "cnn", "--width", "4", "--norm", "none", "--probes", "loss", switch]
+    assert inside("compare", *QUICK, *settings, "--out", str(out))[0] == 0
+    document = json.loads((out / STUDY).read_text())
+    assert document["settings"]["lrn"] is (switch == "--lrn")
+    arguments = document["command"].split()[1:]
+    assert switch in arguments
+    assert inside(*arguments)[0] == 0
+    assert json.loads((out / STUDY).read_text()) == document
+
+
 def test_json_is_one_document_and_quiet_is_nothing(run: tuple[Path, str], inside: Inside) -> None:
     code, stdout, stderr = inside("report", str(run[0]), "--json")
     assert (code, stderr) == (0, "")

@@ -134,9 +134,68 @@ def test_a_callable_that_takes_norm_builds_each_arm(digits: Task) -> None:
     assert "4 parameters start as" in arms[1].changes[0]
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
+def test_additions_change_neither_the_weights_nor_their_names(name: str, digits: Task) -> None:
+    added = {"dropout": 0.5} | ({} if name == "mlp" else {"lrn": True})
+    plain = build_arm(settings(model=name), digits).model.state_dict()
+    model = build_arm(settings(model=name, **added), digits).model
+    assert list(plain) == list(model.state_dict())
+    assert all(torch.equal(plain[key], value) for key, value in model.state_dict().items())
+    layers = [layer.name for layer in find_layers(model, digits.train.x[:2])]
+    assert layers == [n.removesuffix(".weight") for n in plain if plain[n].dim() > 1]
+
+
+def inputs_of(model: nn.Module, kind: type[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].detach()))
+    model(x)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "places"), [("mlp", 3), ("cnn", 1), ("resnet", 1), ("vgg", 1)])
+def test_dropout_is_before_the_output_or_behind_every_hidden_layer(name: str, places: int) -> None:
+    task = image_task(32)
+    x = torch.rand(40, 3, 32, 32, generator=torch.manual_seed(0))
+    model = build_arm(settings(model=name, activation="sigmoid", dropout=0.25), task).model
+    torch.manual_seed(0)
+    dropped = [float((x == 0).float().mean()) for x in inputs_of(model.train(), nn.Linear, x)]
+    # No sigmoid is zero; the least are 40 x 16 of them, three standard errors of 0.017.
+    assert dropped[-places:] == pytest.approx([0.25] * places, abs=0.052)
+    assert not any(dropped[:-places])
+    assert all((x != 0).all() for x in inputs_of(model.eval(), nn.Linear, x))
+
+
+def test_local_response_normalisation_is_behind_the_nonlinearity() -> None:
+    task = image_task(8)
+    plain, normed = (
+        build_arm(settings(model="cnn", norm="none", width=7, lrn=lrn), task).model.eval()
+        for lrn in (None, True)
+    )
+    x = 100 * task.train.x
+    before, after = (inputs_of(model, nn.Conv2d, x)[1] for model in (plain, normed))
+    expected = before.clone()
+    for c in range(7):
+        near = before[:, max(0, c - 2) : c + 3].square().sum(1)
+        expected[:, c] /= (1 + 1e-4 / 5 * near) ** 0.75
+    assert (expected / before).nan_to_num(1).min() < 0.9  # so that there is something to see
+    assert torch.allclose(after, expected, rtol=tolerances.SINGLE)
+
+
+def test_the_sum_of_a_residual_block_is_normalised_behind_its_nonlinearity() -> None:
+    model = build_arm(settings(model="resnet", depth=1, lrn=True), image_task(8)).model
+    normed = [n for n, m in model.named_modules() if isinstance(m, nn.LocalResponseNorm)]
+    assert len(normed) == 1 + 3 * 2
+    assert not any("conv2" in name for name in normed)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": "mlp", "lrn": True}, r"model='mlp' has no channels.*Choose model cnn"),
+        ({"model": f"{HERE}:functional", "lrn": True}, r"lrn=True is for the built-in networks"),
+        ({"model": f"{HERE}:functional", "dropout": 0.5}, r"dropout=0.5 is for the built-in"),
         ({"model": "vggg"}, r"model='vggg' is unknown\. Did you mean 'vgg'\?.*module:callable"),
         ({"norm": "bach"}, r"norm='bach' is unknown\. Did you mean 'batch'\?"),
         ({"model": "vgg"}, r"images of at least 32×32.*1×8×8.*Choose model mlp or cnn"),

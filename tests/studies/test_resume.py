@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,8 +33,23 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(out)
 
 
-def test_stopping_after_any_step(tmp_path: Path) -> None:
-    task, cells = plan(SETTINGS)
+EVERYTHING_ELSE: dict[str, Any] = {
+    "model": "cnn",
+    "width": 6,
+    "dropout": 0.3,
+    "lrn": True,
+    "lr_halving": 20.0,
+    "shuffle": "once",
+    "distortion": 0.3,
+    "train_limit": 300,
+    "batch_size": 30,
+}
+"""Epochs of 10 steps."""
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING_ELSE], ids=["default", "everything else"])
+def test_stopping_after_any_step(tmp_path: Path, changes: dict[str, Any]) -> None:
+    task, cells = plan(SETTINGS.model_copy(update=changes))
     cell = cells[1]
     plain = Trainer(cell, task, build_arm(cell, task), tmp_path / "plain")
     plain.run()

@@ -180,3 +180,8 @@ def test_batches_cover_each_epoch_once_and_depend_on_nothing_else() -> None:
     assert torch.equal(Batches(103, 10, seed=5)[17], batches[17])
     assert not torch.equal(batches[0], batches[10])
     assert not torch.equal(Batches(103, 10, seed=6)[0], batches[0])
+
+
+def test_batches_shuffled_once_come_again_in_every_epoch() -> None:
+    once, anew = Batches(103, 10, seed=5, once=True), Batches(103, 10, seed=5)
+    assert all(torch.equal(once[step], anew[step % 10]) for step in range(35))

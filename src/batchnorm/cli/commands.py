@@ -15,7 +15,7 @@ from cyclopts import Parameter, validators
 from pydantic import ValidationError
 
 from batchnorm import __version__
-from batchnorm.cli.lists import join_commas
+from batchnorm.cli.lists import option
 from batchnorm.cli.toml import read_toml
 from batchnorm.records import RecordError, Run
 from batchnorm.studies.settings import CompareSettings, SettingsError, problems
@@ -42,7 +42,7 @@ def _command(settings: CompareSettings, out: Path) -> str:
     """What to type to run this again, whatever the defaults and settings files of then."""
     words = ["batchnorm", "compare"]
     for name, value in settings.model_dump(exclude_none=True).items():
-        words += [f"--{name.replace('_', '-')}", join_commas(value)]
+        words += option(name, value)
     return shlex.join([*words, "--out", str(out)])
 
 

@@ -1,4 +1,4 @@
-"""Lists on the command line: ``--lr 0.1,1,10``."""
+"""Settings on the command line: lists as ``--lr 0.1,1,10``, switches as ``--lrn``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 
 from cyclopts import App, ArgumentCollection
 
-__all__ = ["join_commas", "split_commas"]
+__all__ = ["join_commas", "option", "split_commas"]
 
 
 def _is_list(hint: Any) -> bool:
@@ -27,3 +27,11 @@ def split_commas(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
 def join_commas(value: Any) -> str:
     """The same, the other way round: how a value is typed."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def option(name: str, value: Any) -> list[str]:
+    """The words that give a setting this value."""
+    word = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{word}" if value else f"--no-{word}"]
+    return [f"--{word}", join_commas(value)]

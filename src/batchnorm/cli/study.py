@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from batchnorm.cli.lists import join_commas
+from batchnorm.cli.lists import option
 from batchnorm.cli.toml import read_toml
 from batchnorm.records import ENDED, RecordError, Run
 from batchnorm.report.replication import Replication, render_replications
@@ -232,7 +232,7 @@ def _plan(study: Study, scale: str, values: dict[str, Any], out: Path) -> Plan:
     settings: StudySettings = settings_of(study, scale, values)
     words = ["batchnorm", "study", study.name, "--scale", scale]
     for name in values:
-        words += [f"--{name.replace('_', '-')}", join_commas(getattr(settings, name))]
+        words += option(name, getattr(settings, name))
     command = shlex.join([*words, "--out", str(out)])
     return plan_study(study, settings, out, scale=scale, command=command)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from batchnorm.records import CELLS, FORMAT, STUDY, Run, cell_hash, write_json
 from batchnorm.studies.callables import is_callable_name, source_hash
+from batchnorm.studies.distortion import make_distortion
 from batchnorm.studies.folder import claimed
 from batchnorm.studies.grid import Job, Listener, run_jobs
 from batchnorm.studies.instruments import make_probes
@@ -43,6 +44,7 @@ def plan(settings: CompareSettings) -> tuple[Task, list[CellSettings]]:
     settings = settings.model_copy(update={"batch_size": _batch_size(settings, task)})
     cells = settings.cells({setting: source_hash(setting, name) for setting, name in own.items()})
     make_probes(cells[0], task, layers=[])
+    make_distortion(cells[0], task)
     for norm in settings.norm:
         build_arm(next(cell for cell in cells if cell.norm == norm), task)
     return task, cells

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from batchnorm.nn.norms import NORMS, make_norm, makes_bias_redundant
 from batchnorm.nn.weight_standardization import StandardizedConv2d, StandardizedLinear
+from batchnorm.studies.additions import add_layers
 from batchnorm.studies.calibration import measure_frozen
 from batchnorm.studies.callables import CallableError, is_callable_name, load_callable
 from batchnorm.studies.settings import CellSettings, SettingsError
@@ -261,6 +262,7 @@ def _built_in(settings: CellSettings, task: Task) -> Arm:
     # operations are drawn from here on, and every arm has the same of them.
     torch.manual_seed(settings.seed)
     _initialize(model, settings.init_scale, settings.init_std)
+    add_layers(model, settings)
     return Arm(model, [])
 
 
@@ -323,7 +325,7 @@ def _check_fits(name: str, model: nn.Module, task: Task) -> None:
 
 def _own(settings: CellSettings, task: Task) -> Arm:
     name, norm = settings.model, settings.norm
-    for option in ("depth", "width", "activation", "init_std"):
+    for option in ("depth", "width", "activation", "init_std", "dropout", "lrn"):
         if getattr(settings, option) is not None:
             raise SettingsError(
                 f"{option}={getattr(settings, option)!r} is for the built-in networks; "

@@ -71,6 +71,7 @@ def _not_negative(value: float) -> float:
 
 PositiveRate = Annotated[float, AfterValidator(_positive)]
 NonNegativeRate = Annotated[float, AfterValidator(_not_negative)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class CellBase(BaseModel):
@@ -132,6 +133,12 @@ class TrainingSettings(BaseModel):
     init_std: PositiveRate | None = None
     """Standard deviation of Gaussian initial weights; by default they are Glorot's."""
 
+    dropout: Share | None = None
+    """Dropout rate before the output layer, or (mlp, linear) behind every hidden layer."""
+
+    lrn: bool | None = None
+    """Local response normalisation behind the nonlinearity of each convolution."""
+
     optimizer: Optimizer = "sgd"
     """sgd, momentum (SGD with momentum 0.9) or adam."""
 
@@ -141,8 +148,17 @@ class TrainingSettings(BaseModel):
     steps: Annotated[int, Field(ge=1)] = 1000
     """Updates of the weights."""
 
+    lr_halving: PositiveRate | None = None
+    """Steps in which the learning rate halves, exponentially; by default it stays."""
+
     weight_decay: NonNegativeRate = 0.0
     """ℓ2 penalty on all parameters, as torch's optimizers apply it."""
+
+    shuffle: Literal["once"] | None = None
+    """once: every epoch has the same batches; by default each is shuffled anew."""
+
+    distortion: Share | None = None
+    """Random brightness and contrast of training images, up to this share."""
 
     train_limit: Annotated[int, Field(ge=2)] | None = None
     """Use only so many training examples (a fixed random choice)."""
@@ -173,7 +189,7 @@ class TrainingSettings(BaseModel):
         return value
 
 
-_LATER = ("init_std",)
+_LATER = ("init_std", "dropout", "lrn", "lr_halving", "shuffle", "distortion")
 """Settings that came later: left at ``None`` they keep the hash that a cell had without them."""
 
 

@@ -21,6 +21,7 @@ from batchnorm.studies.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from batchnorm.studies.distortion import make_distortion
 from batchnorm.studies.instruments import make_probes
 from batchnorm.studies.models import Arm
 from batchnorm.studies.settings import CellSettings
@@ -67,7 +68,9 @@ class Trainer:
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.batch_size = settings.batch_size or len(task.train)
-        self.batches = Batches(len(task.train), self.batch_size, settings.seed)
+        once = settings.shuffle == "once"
+        self.batches = Batches(len(task.train), self.batch_size, settings.seed, once=once)
+        self.distortion = make_distortion(settings, task)
         self.layers = find_layers(self.model, task.train.x[:2])
         self.probes = make_probes(settings, task, self.layers)
         self.probes += extra(settings, self.layers) if extra else []
@@ -177,19 +180,25 @@ class Trainer:
             (self.folder / CHECKPOINT).unlink(missing_ok=True)
         return state
 
+    def _lr(self) -> float:
+        """The learning rate of this step."""
+        halving = self.settings.lr_halving
+        return self.settings.lr * (1.0 if halving is None else 0.5 ** (self.step / halving))
+
     def _step(self, last: bool) -> bool:
         """One update; the last step is measured only. False: the loss is not finite."""
         due = [p for p in self.probes if last or self.step % p.every == 0]
         started = time.perf_counter()
-        chosen = self.batches[self.step]
+        chosen, lr = self.batches[self.step], self._lr()
+        x = self.task.train.x[chosen]
         step = Step(
             number=self.step,
             model=self.model,
             layers=self.layers,
-            x=self.task.train.x[chosen],
+            x=x if self.distortion is None else self.distortion(self.step, x),
             y=self.task.train.y[chosen],
             loss_function=self.task.loss,
-            lr=self.settings.lr,
+            lr=lr,
             random_state=torch.get_rng_state(),
         )
         if due:
@@ -209,6 +218,8 @@ class Trainer:
             return False
         if not last:
             started = time.perf_counter()
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             self.optimizer.step()
             self._count("train", started)
             self._after_update(due, step)

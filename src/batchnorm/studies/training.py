@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from batchnorm.studies.cell_run import CellRun, InterruptedCellError
+from batchnorm.studies.distortion import make_distortion
 from batchnorm.studies.models import build_arm
 from batchnorm.studies.settings import CellSettings, Scaling, SettingsError
 from batchnorm.studies.tasks import Task, load_task
@@ -73,4 +74,5 @@ def check_cells(cells: list[CellSettings]) -> None:
                 f"batch_size={cell.batch_size} is more than the {len(task.train)} training "
                 f"examples of task {task.name!r}. Choose at most {len(task.train)}."
             )
+        make_distortion(cell, task)
         build_arm(cell, task)

@@ -49,7 +49,10 @@ def two_networks(
     """
     alone = {
         name: TrainingStudySettings.model_fields[name].default
-        for name in ("depth", "width", "activation", "optimizer", "init_scale", "init_std")
+        for name in (
+            *("depth", "width", "activation", "dropout", "lrn", "distortion"),
+            *("optimizer", "init_scale", "init_std", "lr_halving", "shuffle"),
+        )
     }
     linear: dict[str, Any] = {
         **alone,

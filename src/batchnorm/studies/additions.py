@@ -1,0 +1,43 @@
+"""What [P1] Section 4.2.1 takes out of a network: dropout and local response normalisation."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from batchnorm.studies.settings import CellSettings, SettingsError
+
+__all__ = ["add_layers"]
+
+_DENSE = ("mlp", "linear")
+"""Networks without convolutions."""
+
+_NEIGHBOURS = 5
+"""Channels over which a response is normalised; α, β and k are torch's defaults."""
+
+
+def add_layers(model: nn.Module, settings: CellSettings) -> None:
+    """Give a built-in network the layers that ``lrn`` and ``dropout`` ask for.
+
+    They have no parameters, and those of the network keep their names.
+
+    Raises:
+        SettingsError: the network has no convolutions to normalise behind.
+    """
+    dense = settings.model in _DENSE
+    activations = [name for name, _ in model.named_modules() if name.endswith("activation")]
+    if settings.lrn:
+        if dense:
+            raise SettingsError(
+                f"lrn=True: model={settings.model!r} has no channels whose neighbours could be "
+                "normalised together. Choose model cnn, vgg or resnet, or leave it out."
+            )
+        for name in activations:
+            if not isinstance(model.get_submodule(name), nn.Identity):
+                _put_behind(model, name, nn.LocalResponseNorm(_NEIGHBOURS))
+    if settings.dropout:
+        for name in activations if dense else ("flatten",):  # "flatten" is before the output
+            _put_behind(model, name, nn.Dropout(settings.dropout))
+
+
+def _put_behind(model: nn.Module, name: str, layer: nn.Module) -> None:
+    model.set_submodule(name, nn.Sequential(model.get_submodule(name), layer))
