@@ -134,7 +134,7 @@ STUDY = Study(
             probes=("loss", "performance", "landscape"),
             landscape_points=3,
             test_limit=200,
-            linear_steps=300,
+            linear_steps=150,
         ),
         "full": Settings(
             task="cifar10",
