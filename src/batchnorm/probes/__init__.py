@@ -1,6 +1,8 @@
 """Probes: one measurement a file. Measuring never draws, and never touches the training."""
 
+from batchnorm.probes.accumulation import Accumulation
 from batchnorm.probes.activations import Activations
+from batchnorm.probes.averages import Averages
 from batchnorm.probes.gradients import Gradients
 from batchnorm.probes.inference import Population, TestBatches
 from batchnorm.probes.landscape import Landscape
@@ -13,7 +15,9 @@ from batchnorm.probes.step import Observation, Step, observe
 from batchnorm.probes.weights import Weights
 
 __all__ = [
+    "Accumulation",
     "Activations",
+    "Averages",
     "BatchLoss",
     "Gradients",
     "Landscape",

@@ -34,10 +34,11 @@ def average(
 
     - ``recompute``: of the averaged weights, over the data of ``loader``, by
       :func:`recalibrate`. The activations of an average are not the average of activations, so
-      that after averaging distant weights only this is right.
-    - ``average``: averaged like the weights. Good enough for a slow moving average, whose
-      networks hardly differ.
-    - ``copy``: those of the last snapshot.
+      that only this is right whatever was averaged.
+    - ``average``: averaged like the weights. They lag twice, as running averages behind the
+      weights and as averages of those: for a moving average during training they can be worse
+      than copied ones. Good enough where the networks hardly differ, as late in training.
+    - ``copy``: those of the last snapshot. Good enough there too.
 
     Args:
         model: The network to load into, changed in place; it may be one of those averaged.
