@@ -261,9 +261,10 @@ def _dry_run(plans: Sequence[Plan], workers: int) -> int:
     for plan in plans:
         plan.check()
         rows = [job.settings.axes() for job in plan.jobs]
-        vary = [key for key in rows[0] if len({str(row.get(key)) for row in rows}) > 1]
+        keys = dict.fromkeys(key for row in rows for key in row)
+        vary = [key for key in keys if len({str(row.get(key)) for row in rows}) > 1]
         for job, row in zip(plan.jobs, rows, strict=True):
-            what = ", ".join(f"{key} {row[key]}" for key in vary)
+            what = ", ".join(f"{key} {row[key]}" for key in vary if key in row)
             print(f"{plan.study.name:<12} {job.folder.name} {plan.state(job):<12} {what}")
         seconds += estimate(plan, workers)
     cells = sum(len(plan.jobs) for plan in plans)

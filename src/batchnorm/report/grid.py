@@ -111,30 +111,30 @@ def arms_of(names: Sequence[str]) -> list[Arm]:
 
 
 class Grid:
-    """The cells of a run by arm, learning rate and seed."""
+    """The cells of a run that train networks, by arm, learning rate and seed."""
 
     def __init__(self, run: Run) -> None:
         """Sort the cells of ``run``; those that have not started are only counted."""
-        planned = run.study["cells"]
+        planned = [entry for entry in run.study["cells"] if {"norm", "lr"} <= entry.keys()]
         self.study = str(run.study["study"])
-        self.cells = run.cells
+        self.cells = tuple(cell for cell in run.cells if "task" in cell.manifest)
         self.arms = arms_of(list(dict.fromkeys(str(entry["norm"]) for entry in planned)))
         self.rates = sorted({float(entry["lr"]) for entry in planned})
         self.seeds = sorted({int(entry["seed"]) for entry in planned})
         self.planned = len(planned)
-        self.layers = list(dict.fromkeys(name for cell in run.cells for name in cell.layers))
-        tasks = [cell.manifest["task"] for cell in run.cells]
+        self.layers = list(dict.fromkeys(name for cell in self.cells for name in cell.layers))
+        tasks = [cell.manifest["task"] for cell in self.cells]
         classes = max((t["outputs"] for t in tasks if t["kind"] == "classification"), default=0)
         self.guessing = 1 / classes if classes else None
         """Share of right answers that guessing gives, where there are classes to guess."""
         self.tested = min(
-            (min(c.manifest["task"]["test"], c.settings["test_limit"]) for c in run.cells),
+            (min(c.manifest["task"]["test"], c.settings["test_limit"]) for c in self.cells),
             default=0,
         )
         """Test examples behind every test accuracy."""
-        self.steps = max((int(cell.settings["steps"]) for cell in run.cells), default=0)
+        self.steps = max((int(cell.settings["steps"]) for cell in self.cells), default=0)
         self._at: dict[tuple[str, float], list[Cell]] = {}
-        for cell in sorted(run.cells, key=lambda cell: int(cell.settings["seed"])):
+        for cell in sorted(self.cells, key=lambda cell: int(cell.settings["seed"])):
             place = (str(cell.settings["norm"]), float(cell.settings["lr"]))
             self._at.setdefault(place, []).append(cell)
 

@@ -42,7 +42,7 @@ class Replication:
     @property
     def norms(self) -> list[str]:
         """The norms of the run, in order."""
-        return list(dict.fromkeys(str(e.get("norm", "")) for e in self.run.study["cells"]))
+        return list(dict.fromkeys(str(e["norm"]) for e in self.run.study["cells"] if "norm" in e))
 
 
 def render_replications(parts: Sequence[Replication], *, command: str = "") -> str:

@@ -104,10 +104,10 @@ class Plan:
 
 def _with_sources(cell: CellBase) -> CellBase:
     """The cell with hashes of the user's own code, so that an edit makes it a new cell."""
-    if not isinstance(cell, CellSettings):
+    if "code" not in type(cell).model_fields:
         return cell
-    named = (("task", cell.task), ("model", cell.model))
-    code = {s: source_hash(s, name) for s, name in named if is_callable_name(name)}
+    named = {s: str(getattr(cell, s)) for s in ("task", "model") if hasattr(cell, s)}
+    code = {s: source_hash(s, name) for s, name in named.items() if is_callable_name(name)}
     return cell.model_copy(update={"code": code}) if code else cell
 
 
@@ -179,19 +179,25 @@ def estimate(plan: Plan, workers: int) -> float:
     """Seconds that what is missing will take, on this machine.
 
     From the cells that are done or, without any, from computing the first one for two seconds in a
-    folder that is thrown away.
+    folder that is thrown away; each kind of cells by itself, as only those have a unit in common.
     """
     missing = plan.missing()
-    left = sum(job.settings.units for job in missing)
-    if not missing:
-        return 0.0
     done = [job for job in plan.jobs if plan.state(job) == "done"]
+    seconds = 0.0
+    for kind in dict.fromkeys(type(job.settings) for job in missing):
+        left, past = (
+            [job for job in jobs if type(job.settings) is kind] for jobs in (missing, done)
+        )
+        seconds += _pace(left[0], past) * sum(job.settings.units for job in left)
+    return seconds / max(1, min(workers, len(missing)))
+
+
+def _pace(missing: Job, done: Sequence[Job]) -> float:
+    """Seconds a unit, from cells that are done or from a trial of one that is missing."""
     if done:
-        seconds = sum(read_json(j.folder / MANIFEST)["timing"]["total"] for j in done)
-        pace = seconds / sum(job.settings.units for job in done)
-    else:
-        pace = _trial(missing[0])
-    return float(pace * left / min(workers, len(missing)))
+        seconds = sum(read_json(job.folder / MANIFEST)["timing"]["total"] for job in done)
+        return float(seconds / sum(job.settings.units for job in done))
+    return _trial(missing)
 
 
 def _trial(job: Job) -> float:
