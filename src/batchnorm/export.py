@@ -38,7 +38,7 @@ def write_parquet(run: Run, folder: Path) -> Path:
             count = len(cell.records)
             axes = {
                 "cell": cell.folder.name,
-                **{name: cell.settings[name] for name in _axes(run)},
+                **{name: cell.settings.get(name) for name in _axes(run)},
             }
             columns = {name: [value] * count for name, value in axes.items()}
             for name in ("step", "layer", "quantity", "index", "value"):

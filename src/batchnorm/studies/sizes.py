@@ -29,13 +29,14 @@ class SizedCell(CellSettings):
     """A cell that trains a network, told from others by its batch size too."""
 
     def axes(self) -> dict[str, Any]:
-        """Norm, batch size, seed and learning rate."""
+        """Norm, batch size, seed, learning rate and dropout."""
         return {
             "norm": self.norm,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "lr": self.lr,
             "model": self.model,
+            "dropout": self.dropout or 0.0,
         }
 
 
@@ -44,13 +45,15 @@ def sized_cells(
 ) -> list[SizedCell]:
     """The cells of one batch size: as many examples as the largest's, and a rate in proportion.
 
-    ``every`` too counts in the largest's steps, so that all measure after as many examples. The
-    built-in mlp has ReLUs unless the settings say otherwise.
+    ``every`` and ``lr_halving`` too count in the largest's steps, so that all measure after as
+    many examples. The built-in mlp has ReLUs unless the settings say otherwise.
     """
     share = size / max(settings.sizes)
     changes |= {"batch_size": size, "steps": max(1, round(settings.steps / share))}
     if settings.every is not None:
         changes["every"] = max(1, round(settings.every / share))
+    if settings.lr_halving is not None:
+        changes["lr_halving"] = settings.lr_halving / share
     if settings.model == "mlp" and settings.activation is None:
         changes["activation"] = "relu"
     cells = training_cells(settings, norm=norm, lr=[settings.lr * share], **changes)

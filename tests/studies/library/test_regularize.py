@@ -17,6 +17,7 @@ from batchnorm.studies.library.regularize import (
     STUDY,
     _compare,
     _dose,
+    _dropout_saves,
     _error,
     _gap,
     _minus,
@@ -25,6 +26,7 @@ from batchnorm.studies.library.regularize import (
     _scale,
 )
 from batchnorm.studies.run_study import plan_study, run_studies, settings_of
+from batchnorm.studies.settings import SettingsError
 from batchnorm.verdicts import CannotTellError
 
 
@@ -60,6 +62,30 @@ def test_dose_is_the_power_of_the_size() -> None:
     assert _dose(run(ended("batch", 64, 0.1))) == {}
 
 
+def test_what_dropout_saves() -> None:
+    made = run(
+        ended("none", 64, 0.1, error=0.3),
+        ended("none", 64, 0.1, error=0.2, dropout=0.5),
+        ended("batch", 64, 0.1, error=0.1),
+        ended("batch", 64, 0.1, error=0.15, dropout=0.5),
+        ended("batch", 4, 0.1, error=0.4),
+    )
+    assert _dropout_saves(made, "none") == pytest.approx({0: 0.1})
+    assert _dropout_saves(made, "batch") == pytest.approx({0: -0.05})
+    with pytest.raises(CannotTellError, match="No network"):
+        _dropout_saves(run(ended("none", 64, 0.1)), "none")
+
+
+def test_ones_own_network_decides_on_dropout_itself(tmp_path: Path) -> None:
+    own = {"model": "tests.studies.networks:functional"}
+    plan = plan_study(STUDY, settings_of(STUDY, "quick", own), tmp_path / "run")
+    assert all(job.settings.dropout is None for job in plan.jobs)
+    plan.check()
+    plan = plan_study(STUDY, settings_of(STUDY, "quick", own | {"dropout": 0.2}), tmp_path / "run")
+    with pytest.raises(SettingsError, match="decides itself"):
+        plan.check()
+
+
 def test_no_ratio_of_gaps_that_are_none() -> None:
     made = run(ended("batch", 64, -0.1), ended("ghost16", 64, 0.1))
     with pytest.raises(CannotTellError, match="not worse on the test set"):
@@ -92,7 +118,7 @@ def test_a_short_run_is_judged_and_drawn(tmp_path: Path) -> None:
     assert {c.settings["norm"] for c in done.cells} == {*NORMS, "ghost4", "ghost8", "ghost16"}
     assert set(NORMS) | set(GHOSTS) <= set(KNOWN)
     verdicts = {verdict.claim: verdict for verdict in STUDY.verdicts(done)}
-    for claim in ("noise-error", "small-error", "scale-decay"):
+    for claim in ("noise-error", "small-error", "scale-decay", "dropout-removed"):
         assert set(verdicts[claim].effects) == {0, 1}, verdicts[claim].note
     drawn = {chart.id for chart in STUDY.figures(done) if chart.panels}
     assert {figure for claim in STUDY.claims for figure in claim.figures} <= drawn
