@@ -10,7 +10,7 @@ from torch import nn
 
 from batchnorm.nn.norms import NORMS as KNOWN
 from batchnorm.probes import Layer, Step
-from batchnorm.probes.scale import Scale
+from batchnorm.probes.gamma import Gamma
 from batchnorm.studies.library.regularize import (
     GHOSTS,
     NORMS,
@@ -35,8 +35,8 @@ def ended(norm, size, gap, error=0.1, **settings):
         "train/loss": {0: 2.0, 9: 0.5},
         "test/loss": {0: 9.0, 9: 0.5 + gap},
         "test/accuracy": {0: 0.1, 9: 1 - error},
-        "one:scale/rms": {0: 1.0, 9: 3.0},
-        "two:scale/rms": {0: 1.0, 9: 1.0},
+        "one:gamma/rms": {0: 1.0, 9: 3.0},
+        "two:gamma/rms": {0: 1.0, 9: 1.0},
     }
     return cell(norm, series, layers=("one", "two", "out"), batch_size=size, **settings)
 
@@ -106,8 +106,8 @@ def test_scale_is_the_root_mean_square_of_gamma() -> None:
         lr=0.1,
         random_state=torch.get_rng_state(),
     )
-    (record,) = Scale(5).before_update(step)
-    assert (record.step, record.layer, record.quantity) == (7, "0", "scale/rms")
+    (record,) = Gamma(5).before_update(step)
+    assert (record.step, record.layer, record.quantity) == (7, "0", "gamma/rms")
     assert record.value == pytest.approx(math.sqrt(12.5))
 
 

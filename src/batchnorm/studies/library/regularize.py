@@ -69,10 +69,10 @@ def check(settings: Settings) -> None:
 
 
 def run(cell: CellSettings, at: CellRun) -> None:
-    from batchnorm.probes.scale import Scale
+    from batchnorm.probes.gamma import Gamma
     from batchnorm.studies.training import train
 
-    train(cell, at, extra=lambda settings, layers: [Scale(settings.every or settings.steps)])
+    train(cell, at, extra=lambda settings, layers: [Gamma(settings.every or settings.steps)])
 
 
 def _gap(cell: Cell) -> float:
@@ -86,7 +86,7 @@ def _error(cell: Cell, part: str = "test") -> float:
 
 def _scale(cell: Cell) -> float:
     """Root mean square of γ at the end over the layers that have one."""
-    found = [cell.series("scale/rms", layer) for layer in cell.layers]
+    found = [cell.series("gamma/rms", layer) for layer in cell.layers]
     squares = [series[max(series)] ** 2 for series in found if series]
     if not squares:
         raise CannotTellError(f"Cell {cell.folder.name} has no γ")

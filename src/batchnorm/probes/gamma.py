@@ -10,13 +10,13 @@ from batchnorm.probes.probe import Probe
 from batchnorm.probes.step import Step
 from batchnorm.records import Record
 
-__all__ = ["Scale"]
+__all__ = ["Gamma"]
 
 
-class Scale(Probe):
+class Gamma(Probe):
     """Root mean square of γ over the channels of each batch norm that has it."""
 
-    name = "scale"
+    name = "gamma"
 
     def __init__(self, every: int) -> None:
         """Measure once in ``every`` steps."""
@@ -28,4 +28,4 @@ class Scale(Probe):
         for name, module in step.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
                 rms = float(module.weight.detach().double().square().mean().sqrt())
-                yield Record(step.number, behind.get(module, name), "scale/rms", rms)
+                yield Record(step.number, behind.get(module, name), "gamma/rms", rms)
