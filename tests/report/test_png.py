@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.report.runs import Builder, measured
 
 from batchnorm.extras import MissingExtraError
+from batchnorm.records import Run
 from batchnorm.report import write_png
+from batchnorm.report.png import write_charts
+from batchnorm.report.replication import Replication
+from batchnorm.report.spec import Axis, Chart, Line, Panel
 
 
 def test_one_picture_a_chart(builder: Builder, tmp_path: Path) -> None:
@@ -22,6 +28,18 @@ def test_one_picture_a_chart(builder: Builder, tmp_path: Path) -> None:
     files = write_png(builder.run(), tmp_path / "png")
     assert len(files) == 16
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
+
+
+def test_a_legend_of_many_rows_leaves_the_panel_its_height(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
+    names = tuple(f"a network with a name that takes a row by itself, {i}" for i in range(14))
+    lines = [Line(i, np.array([0.0, 1.0]), np.array([0.0, i])) for i in range(len(names))]
+    chart = Chart("many", "Many", "", "", Axis("x"), Axis("y"), [Panel("", lines)])
+    part = Replication("many", "?", "", Run(tmp_path, {"cells": []}, ()), (), [chart], names)
+    # Where nothing is left of the panel matplotlib warns, which is an error here.
+    (path,) = write_charts(part, tmp_path)
+    width, height = struct.unpack(">2I", path.read_bytes()[16:24])
+    assert height > width
 
 
 def test_nothing_to_draw(builder: Builder, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ __all__ = ["write_charts", "write_png"]
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches of one panel
 _COLUMNS = 4
-_SAMPLE, _LETTER = 0.7, 0.08  # inches of the legend: a line's sample, a letter of its name
+_SAMPLE, _LETTER, _ROW = 0.7, 0.08, 0.21  # inches of the legend: a sample, a letter, a row
 
 
 def write_png(run: Run, folder: Path) -> list[Path]:
@@ -78,7 +78,12 @@ def write_charts(part: Replication, folder: Path) -> list[Path]:
 def _figure(figures: Any, chart: Chart, title: str, panels: list[Panel], arms: list[Arm]) -> Any:
     columns = min(chart.columns, len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
-    size = (max(_WIDTH * columns, 1.3 * _WIDTH), _HEIGHT * rows + 0.9)
+    width = max(_WIDTH * columns, 1.3 * _WIDTH)
+    shown = sorted({line.arm for panel in panels for line in panel.lines})
+    widest = max(len(arms[i].label) for i in shown)
+    fitting = max(1, int(width / (_SAMPLE + _LETTER * widest)))
+    legend_rows = math.ceil(len(shown) / fitting)
+    size = (width, _HEIGHT * rows + 0.9 + _ROW * (legend_rows - 1))
     figure = figures.Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold")
     all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -86,13 +91,10 @@ def _figure(figures: Any, chart: Chart, title: str, panels: list[Panel], arms: l
         _draw(axes, chart, panel, arms)
     for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
-    shown = sorted({line.arm for panel in panels for line in panel.lines})
     handles = [
         axes.plot([], [], color=arms[i].light, linestyle=_dash(arms[i]), label=arms[i].label)[0]
         for i in shown
     ]
-    widest = max(len(arms[i].label) for i in shown)
-    fitting = max(1, int(size[0] / (_SAMPLE + _LETTER * widest)))
     note = f"band: {chart.band}" if chart.band else None
     legend = figure.legend(
         handles=handles,

@@ -50,6 +50,6 @@ def make_distortion(settings: CellSettings, task: Task) -> Distortion | None:
     if len(task.shape) != 3:
         raise SettingsError(
             f"distortion={settings.distortion}: task {task.name!r} has inputs of shape "
-            f"{'×'.join(map(str, task.shape))}, not images (channels, height, width). Leave it out."
+            f"{'×'.join(map(str, task.shape))}, not images (channels, height, width). Give 0."
         )
     return Distortion(settings.distortion, settings.seed, task.train.x)
