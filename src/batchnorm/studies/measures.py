@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from batchnorm.records import Cell, Run
 from batchnorm.verdicts import CannotTellError
 
-__all__ = ["early_mean", "last", "pairs", "values"]
+__all__ = ["early_mean", "instability", "last", "pairs", "values"]
 
 
 def pairs(
@@ -64,3 +65,18 @@ def early_mean(cell: Cell, quantity: str, share: float = 1.0) -> float:
         raise CannotTellError(f"Cell {cell.folder.name} has no course of {quantity} to average")
     steps, reached = [*series, end], [*series.values(), [*series.values()][-1]]
     return float(np.trapezoid(reached, steps) / (end - steps[0]))
+
+
+def instability(cell: Cell) -> float:
+    """How far a unit's median moves between two measurements, in widths of its distribution."""
+    steps = sorted(cell.series("activation/p50", cell.layers[0]))
+    moves = []
+    for layer in cell.layers[:-1]:
+        low, middle, high = (cell.series(f"activation/{p}", layer) for p in ("p15", "p50", "p85"))
+        for before, now in pairwise(steps):
+            width = high[now] - low[now]
+            if width > 0:
+                moves.append(abs(middle[now] - middle[before]) / width)
+    if not moves:
+        raise CannotTellError(f"Cell {cell.folder.name} has no distributions to compare")
+    return float(np.median(moves))

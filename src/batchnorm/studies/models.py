@@ -17,6 +17,7 @@ from batchnorm.nn.weight_standardization import StandardizedConv2d, Standardized
 from batchnorm.studies.additions import add_layers
 from batchnorm.studies.calibration import measure_frozen
 from batchnorm.studies.callables import CallableError, is_callable_name, load_callable
+from batchnorm.studies.placement import place_norms
 from batchnorm.studies.settings import CellSettings, SettingsError
 from batchnorm.studies.tasks import Task
 from batchnorm.studies.unknown import unknown
@@ -257,7 +258,7 @@ def _built_in(settings: CellSettings, task: Task) -> Arm:
         "width": settings.width,
         "activation": settings.activation,
     }
-    model = factory(task.shape, task.outputs, settings.norm, **options)
+    model = place_norms(factory(task.shape, task.outputs, settings.norm, **options), settings)
     # Building drew numbers for biases that only some arms have; only the weights of linear
     # operations are drawn from here on, and every arm has the same of them.
     torch.manual_seed(settings.seed)
@@ -325,7 +326,7 @@ def _check_fits(name: str, model: nn.Module, task: Task) -> None:
 
 def _own(settings: CellSettings, task: Task) -> Arm:
     name, norm = settings.model, settings.norm
-    for option in ("depth", "width", "activation", "init_std", "dropout", "lrn"):
+    for option in ("depth", "width", "activation", "init_std", "dropout", "lrn", "placement"):
         if getattr(settings, option) is not None:
             raise SettingsError(
                 f"{option}={getattr(settings, option)!r} is for the built-in networks; "

@@ -136,6 +136,9 @@ class TrainingSettings(BaseModel):
     dropout: Share | None = None
     """Dropout rate before the output layer, or (mlp, linear) behind every hidden layer."""
 
+    placement: Literal["before", "after"] | None = None
+    """Norms stand before the nonlinearity (the default) or after it, then with a bias before."""
+
     lrn: bool | None = None
     """Local response normalisation behind the nonlinearity of each convolution."""
 
@@ -189,7 +192,7 @@ class TrainingSettings(BaseModel):
         return value
 
 
-_LATER = ("init_std", "dropout", "lrn", "lr_halving", "shuffle", "distortion")
+_LATER = ("init_std", "dropout", "lrn", "lr_halving", "shuffle", "distortion", "placement")
 """Settings that came later: left at ``None`` they keep the hash that a cell had without them."""
 
 

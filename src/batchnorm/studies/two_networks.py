@@ -50,7 +50,7 @@ def two_networks(
     alone = {
         name: TrainingStudySettings.model_fields[name].default
         for name in (
-            *("depth", "width", "activation", "dropout", "lrn", "distortion"),
+            *("depth", "width", "activation", "placement", "dropout", "lrn", "distortion"),
             *("optimizer", "init_scale", "init_std", "lr_halving", "shuffle"),
         )
     }

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from tests.studies.library.made_up import cell, run
 
-from batchnorm.studies.library.noise import STUDY, _gain, _instability, _prevented, _share
+from batchnorm.studies.library.noise import STUDY, _gain, _prevented, _share
+from batchnorm.studies.measures import instability
 from batchnorm.studies.run_study import plan_study, run_studies, settings_of
 from batchnorm.verdicts import CannotTellError
 
@@ -32,7 +33,7 @@ def test_instability_is_in_widths_of_the_distribution() -> None:
         "hidden:activation/p85": {0: 1.0, 1: 3.0, 2: 2.0},
     }
     # Moves of 1 and 0.5 over widths of 4 and 2.
-    assert _instability(cell("noisy", moving, layers=("hidden", "output"))) == 0.25
+    assert instability(cell("noisy", moving, layers=("hidden", "output"))) == 0.25
 
 
 def test_what_the_noise_alone_leaves_of_learning() -> None:

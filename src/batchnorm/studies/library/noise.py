@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import numpy as np
-
 from batchnorm.records import Cell, Run
 from batchnorm.report.charts import performance
 from batchnorm.report.charts.activations import percentiles
 from batchnorm.report.grid import Grid
 from batchnorm.report.spec import Chart
-from batchnorm.studies.measures import early_mean, last, pairs
+from batchnorm.studies.measures import early_mean, instability, last, pairs
 from batchnorm.studies.settings import CellSettings, PositiveRate
 from batchnorm.studies.study import Study, TrainingStudySettings, check_data_given, training_cells
 from batchnorm.verdicts import Above, Below, CannotTellError, Claim
@@ -57,24 +53,9 @@ def _share(run: Run) -> dict[int, float]:
     return found
 
 
-def _instability(cell: Cell) -> float:
-    """How far a unit's median moves between two measurements, in widths of its distribution."""
-    steps = sorted(cell.series("activation/p50", cell.layers[0]))
-    moves = []
-    for layer in cell.layers[:-1]:
-        low, middle, high = (cell.series(f"activation/{p}", layer) for p in ("p15", "p50", "p85"))
-        for before, now in pairwise(steps):
-            width = high[now] - low[now]
-            if width > 0:
-                moves.append(abs(middle[now] - middle[before]) / width)
-    if not moves:
-        raise CannotTellError(f"Cell {cell.folder.name} has no distributions to compare")
-    return float(np.median(moves))
-
-
 def _unstable(run: Run, than: str) -> dict[int, float]:
     return {
-        seed: _instability(noisy) / _instability(other)
+        seed: instability(noisy) / instability(other)
         for seed, (other, noisy) in pairs(run, (than, "noisy")).items()
     }
 
