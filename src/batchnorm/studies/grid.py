@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -225,7 +226,11 @@ def _processes(calls: Sequence[tuple[Any, ...]], workers: int) -> _Outcomes:
         )
         outcomes = parallel(joblib.delayed(_in_worker)(*call) for call in calls)
     try:
-        yield from outcomes
+        with warnings.catch_warnings():
+            # Cells of different kinds need different memory, which loky takes for a leak: it
+            # replaces the worker between two cells, and nothing is lost.
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+            yield from outcomes
     except TerminatedWorkerError as error:
         raise RecordError(
             "A worker process was killed, perhaps for want of memory. What was done is kept: the "

@@ -46,6 +46,12 @@ def test_effects() -> None:
         _variation(measured("none", [1.0], [math.nan], [1.0]))
 
 
+def test_a_standstill_with_batch_norm_cannot_be_compared() -> None:
+    still = run(measured("none", [1], [2], [1]), measured("batch", [1], [1], [1]))
+    with pytest.raises(CannotTellError, match="Nothing changes along the gradient of seed 0"):
+        _ratio(still, _variation)
+
+
 def test_only_seeds_with_both_arms_count() -> None:
     arms = [measured("none", [1], [2], [1]), measured("batch", [1], [2], [1])]
     lonely = cell("none", {"landscape/loss_low": {0: 1.0}}, seed=1)

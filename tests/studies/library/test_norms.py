@@ -14,6 +14,7 @@ from batchnorm.studies.library.norms import (
     _losses,
     _shares,
     _smoother,
+    arms,
 )
 from batchnorm.studies.run_study import plan_study, run_studies, settings_of
 from batchnorm.studies.settings import SettingsError
@@ -75,3 +76,10 @@ def test_a_short_run_is_judged_and_drawn_for_every_arm(tmp_path: Path) -> None:
         assert set(verdicts[claim].effects) == {0, 1}, verdicts[claim].note
     drawn = {chart.id for chart in STUDY.figures(done) if chart.panels}
     assert {figure for claim in STUDY.claims for figure in claim.figures} <= drawn
+
+
+def test_a_network_of_your_own_has_no_standardised_weights_unless_asked_for() -> None:
+    own = settings_of(STUDY, "quick", {"model": "my_module:network"})
+    assert arms(own) == ("none", "batch", "l1", "l2", "linf", "layer", "group")
+    assert arms(settings_of(STUDY, "quick", {})) == (*arms(own), "weight")
+    assert arms(settings_of(STUDY, "quick", {"norm": ("none", "batch")})) == ("none", "batch")

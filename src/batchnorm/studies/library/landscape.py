@@ -67,7 +67,12 @@ def _spread(cell: Cell) -> float:
 
 def _ratio(run: Run, measure: Callable[[Cell], float]) -> dict[int, float]:
     """Without batch norm over with it."""
-    return {seed: measure(a) / measure(b) for seed, (a, b) in pairs(run).items()}
+    found = {}
+    for seed, (plain, normed) in pairs(run).items():
+        if not (below := measure(normed)):
+            raise CannotTellError(f"Nothing changes along the gradient of seed {seed}")
+        found[seed] = measure(plain) / below
+    return found
 
 
 def _plateau(run: Run) -> dict[int, float]:

@@ -12,6 +12,7 @@ from batchnorm.records import Cell, Run
 from batchnorm.report.charts import landscape, performance
 from batchnorm.report.grid import Grid
 from batchnorm.report.spec import Chart
+from batchnorm.studies.callables import is_callable_name
 from batchnorm.studies.measures import early_mean, last, pairs, values
 from batchnorm.studies.settings import CellSettings, SettingsError, distinct
 from batchnorm.studies.study import Study
@@ -34,19 +35,27 @@ Effects = dict[int, float]
 class Settings(TwoNetworks):
     """[P2] Section 3.3 where it says what was done; see docs/studies/norms.md for the rest."""
 
-    norm: Annotated[tuple[str, ...], AfterValidator(distinct)] = ("none", "batch", *ORDERS, *OTHERS)
-    """Arms of both networks; claims about arms that are left out cannot be told."""
+    norm: Annotated[tuple[str, ...], AfterValidator(distinct)] | None = None
+    """Arms of both networks; by default all, without weight for a network of your own."""
+
+
+def arms(settings: Settings) -> tuple[str, ...]:
+    """The arms: those asked for, or all that the network can have."""
+    if settings.norm is not None:
+        return settings.norm
+    own = is_callable_name(settings.model)  # whose linear operations nobody else can make
+    return ("none", "batch", *ORDERS, *(name for name in OTHERS if not own or name != "weight"))
 
 
 def cells(settings: Settings) -> list[CellSettings]:
-    return two_networks(settings, settings.norm)
+    return two_networks(settings, arms(settings))
 
 
 def check(settings: Settings) -> None:
     check_two(settings)
-    if missing := {"none", "batch"} - set(settings.norm):
+    if missing := {"none", "batch"} - set(arms(settings)):
         raise SettingsError(
-            f"norm={','.join(settings.norm)}: everything is compared with none and batch, and "
+            f"norm={','.join(arms(settings))}: everything is compared with none and batch, and "
             f"{' and '.join(sorted(missing))} is not among them."
         )
 
@@ -88,6 +97,12 @@ def _shares(run: Run, names: tuple[str, ...], pick: Callable[[list[float]], floa
             raise CannotTellError(f"Batch norm itself gains nothing for seed {seed}")
         found[seed] = (pick(_among(value, names)) - value["none"]) / whole
     return found
+
+
+def _others(run: Run) -> tuple[str, ...]:
+    """Those of the other norms that the run has: a network of your own lacks one of them."""
+    planned = {str(entry["norm"]) for entry in run.study["cells"]}
+    return tuple(name for name in OTHERS if name in planned) or OTHERS
 
 
 def _losses(run: Run, make: Callable[[dict[str, float]], float]) -> Effects:
@@ -182,7 +197,7 @@ STUDY = Study(
             source="not in the papers: beside Section 3.3",
             reported="–; asked for: the best of them has half of batch norm's gain",
             effect="as above, the best of the three",
-            measure=lambda run: _shares(network(run), OTHERS, max),
+            measure=lambda run: _shares(network(run), _others(run), max),
             rule=Above(0.5, null=0.0),
             figures=("accuracy",),
             percent=True,
