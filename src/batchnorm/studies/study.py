@@ -88,6 +88,7 @@ class Study:
     is to compute with given settings, ``run`` computes one of them, and ``figures`` draws a run,
     finished or not. ``check`` raises a SettingsError where the settings ask for what the data
     cannot serve. ``lines`` names what the lines of the figures stand for, where it is not the norm.
+    ``built_in_only``: it trains networks, and varies something that only the built-in ones offer.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Study:
     run: Callable[[Any, CellRun], None] = train
     check: Callable[[Any], None] | None = None
     lines: Sequence[str] = ()
+    built_in_only: bool = False
 
     def verdicts(self, run: Run) -> list[Verdict]:
         """Every claim judged from the records."""
@@ -109,4 +111,4 @@ class Study:
     @property
     def takes_your_network(self) -> bool:
         """Whether it makes sense on the user's own network and data."""
-        return issubclass(self.settings, TrainingSettings)
+        return issubclass(self.settings, TrainingSettings) and not self.built_in_only

@@ -107,3 +107,7 @@ def test_a_short_run_is_judged_and_drawn(tmp_path: Path) -> None:
 def test_settings_that_contradict_the_study(changes: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         STUDY.check(settings_of(STUDY, "quick", changes))
+
+
+def test_it_does_not_say_that_it_takes_a_network_of_your_own() -> None:
+    assert not STUDY.takes_your_network

@@ -287,6 +287,7 @@ STUDY = Study(
     cells=cells,
     run=run,
     check=check_depths,
+    built_in_only=True,
     figures=figures,
     claims=[
         _vanishes("sigmoid", "In a deep network of sigmoids the gradient vanishes"),
