@@ -1,0 +1,107 @@
+"""How a tensor is cut into tiles and parts. No device is needed to think about it.
+
+The sizes are deduced, for want of measurements: 2048 elements are 16 for each of 128 threads, two
+wide loads of bfloat16; with two accumulators an element, some eight programs share a
+multiprocessor, which keeps 32 kB (bfloat16) or more on their way.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from batchnorm.ops.reference import SHORT_RUN, is_channels_last
+
+TILE = 2048
+PROGRAMS_PER_PROCESSOR = 4
+COLUMNS = 64  # 128 bytes of bfloat16
+# What a program keeps in registers, a quarter of those of a multiprocessor. 0: nothing.
+HELD_BYTES = int(os.environ.get("BATCHNORM_TRITON_HELD_BYTES", 1 << 16))
+BYTES_PER_WARP = 4096
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a/b, rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class View:
+    """A dense tensor as the kernels see it."""
+
+    planes: bool
+    rows: int
+    cols: int
+    channels: int
+    run: int = 1
+
+    @classmethod
+    def of(cls, x: Tensor) -> View:
+        """See a dense tensor as planes or columns."""
+        n, c, s = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+        if s == 1 or is_channels_last(x):
+            return cls(False, n * s, c, c)
+        if s < SHORT_RUN:
+            return cls(False, n, c * s, c, s)
+        return cls(True, n, s, c)
+
+    @property
+    def slots(self) -> int:
+        """The number of partial results of a part."""
+        return self.channels * self.run
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Tiles of rows × cols, and the parts that they are dealt out to."""
+
+    view: View
+    rows: int
+    cols: int
+    parts: int
+
+    @property
+    def programs(self) -> int:
+        """One for each part of each block of channels."""
+        view = self.view
+        return self.parts * (view.channels if view.planes else ceil_div(view.cols, self.cols))
+
+
+def _tiles(view: View, rows: int, cols: int) -> int:
+    down = ceil_div(view.rows, rows)
+    return down * ceil_div(view.cols, cols) if view.planes else down
+
+
+def streamed(view: View, processors: int) -> Cut:
+    """Cut so that every processor has several programs, if there is so much to do."""
+    widest = TILE if view.planes else COLUMNS
+    cols = min(max(power_of_2(view.cols), 8), widest)
+    rows = min(power_of_2(view.rows), TILE // cols)
+    cut = Cut(view, rows, cols, 1)
+    tiles = _tiles(view, rows, cols)
+    wanted = ceil_div(processors * PROGRAMS_PER_PROCESSOR, cut.programs)
+    each = ceil_div(tiles, wanted)
+    return Cut(view, rows, cols, ceil_div(tiles, each))
+
+
+def held(view: View, itemsize: int, tensors: int, processors: int) -> Cut | None:
+    """Cut so that a program holds its share of so many tensors, or say that it cannot."""
+    elements = HELD_BYTES // (itemsize * tensors)
+    if view.run > 1 or elements < 8:
+        return None
+    cols = max(power_of_2(view.cols), 8) if view.planes else min(max(power_of_2(view.cols), 8), COLUMNS)
+    if cols > elements:
+        return None
+    rows = min(power_of_2(view.rows), elements // cols)
+    cut = Cut(view, rows, cols, _tiles(view, rows, cols))
+    if cut.parts > 1 and cut.programs > processors:
+        return None
+    return cut
