@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from tests.device import DEVICE
 from torch import Tensor
 
 from batchnorm import ops
 from batchnorm.ops import reference
 
-cpu = torch.ops.batchnorm
+op = torch.ops.batchnorm
 
 
 def contiguous(t: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def channels_last(t: Tensor) -> Tensor:
 
 def strided(t: Tensor) -> Tensor:
     """Every second element of a larger tensor: no layout that the kernels know."""
-    wide = torch.zeros([2 * size for size in t.shape], dtype=t.dtype)
+    wide = torch.zeros([2 * size for size in t.shape], dtype=t.dtype, device=t.device)
     view = wide[tuple(slice(None, None, 2) for _ in t.shape)]
     return view.copy_(t)
 
@@ -43,13 +44,18 @@ class Case:
     eps: float = 1e-5
     activation: int = 0
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(DEVICE))
+
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return cpu.training_forward.default(  # type: ignore[no-any-return]
+        return op.training_forward.default(  # type: ignore[no-any-return]
             self.x, self.weight, self.bias, self.residual, self.eps, self.activation
         )
 
     def backward(self, mean: Tensor, var: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-        return cpu.training_backward.default(  # type: ignore[no-any-return]
+        return op.training_backward.default(  # type: ignore[no-any-return]
             *(self.dy, self.x, mean, var, self.weight, self.bias),
             *self.saved(gate),
             *(self.eps, self.activation),
@@ -69,12 +75,12 @@ class Case:
             given = (mean, var, self.weight, self.bias)
             how = (self.eps, self.activation)
             saved = self.saved(gate)
-            alone = cpu.moments.default(self.x)
-            normalized = cpu.normalize.default(self.x, *given, self.residual, *how)
-            sums = cpu.backward_sums.default(self.dy, self.x, *given, *saved, *how)
+            alone = op.moments.default(self.x)
+            normalized = op.normalize.default(self.x, *given, self.residual, *how)
+            sums = op.backward_sums.default(self.dy, self.x, *given, *saved, *how)
             count = self.x.numel() // self.x.shape[1]
             first, activation = (sums[2], 0) if sums[2].numel() else (self.dy, self.activation)
-            applied = cpu.backward_apply.default(
+            applied = op.backward_apply.default(
                 first, self.x, *given, sums[0] / count, sums[1] / count, self.eps, activation
             )
         return {
@@ -164,5 +170,5 @@ def error(got: Tensor, want: Tensor, least: float = 1.0) -> float:
     return float(difference / want.abs().max().clamp(min=least).double())
 
 
-def is_compiled() -> bool:
-    return ops.kernels()["cpu"].startswith("compiled")
+def are_kernels() -> bool:
+    return not ops.kernels()[DEVICE].startswith("reference")

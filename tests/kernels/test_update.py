@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests import tolerances
+from tests.device import DEVICE
 
 from batchnorm import ops
 from batchnorm.ops import reference
@@ -16,9 +17,9 @@ CHANNELS = 37
 def test_as_the_reference(dtype, momentum, strided):
     torch.manual_seed(0)
     every = 2 if strided else 1
-    running = [torch.rand(CHANNELS * every, dtype=dtype)[::every] for _ in range(2)]
-    mean, var = torch.randn(CHANNELS).double(), torch.rand(CHANNELS).double()
-    count = torch.tensor(4)
+    running = [torch.rand(CHANNELS * every, dtype=dtype, device=DEVICE)[::every] for _ in range(2)]
+    mean, var = (torch.rand(CHANNELS, device=DEVICE).double() for _ in range(2))
+    count = torch.tensor(4, device=DEVICE)
     wide, wide_count = [r.double() for r in running], count.clone()
     reference.update_running(*wide, wide_count, mean, var, 6.0, momentum)
     ops.update_running(*running, count, mean, var, 6, momentum)
@@ -29,9 +30,10 @@ def test_as_the_reference(dtype, momentum, strided):
 
 
 def test_autograd_notices_statistics_that_it_saved():
-    x = torch.randn(4, 3, requires_grad=True)
-    mean, var = torch.zeros(3), torch.ones(3)
+    x = torch.randn(4, 3, device=DEVICE, requires_grad=True)
+    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
     y = ops.normalize(x, mean, var, None, None, None, 1e-5, 0)
-    ops.update_running(mean, var, None, torch.ones(3).double(), torch.ones(3).double(), 4, 0.1)
+    batch = torch.ones(3, device=DEVICE).double()
+    ops.update_running(mean, var, None, batch, batch, 4, 0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

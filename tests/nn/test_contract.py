@@ -12,6 +12,7 @@ import torch._dynamo.testing
 import torch.distributed as dist
 import torch.multiprocessing
 from tests import tolerances
+from tests.device import DEVICE, INTERPRETED
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import batchnorm
@@ -54,18 +55,18 @@ def make(request):
     constructor, shape = LAYERS[request.param]
 
     def layer(**options):
-        made = constructor(**options)
+        made = constructor(**{"device": DEVICE, **options})
         generator = torch.Generator().manual_seed(7)
         for parameter in made.parameters():
-            parameter.data.normal_(generator=generator)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
         if made.running_mean is not None:
-            made.running_mean.normal_(generator=generator)
-            made.running_var.uniform_(0.5, 2, generator=generator)
+            made.running_mean.copy_(torch.randn(3, generator=generator))
+            made.running_var.copy_(0.5 + 1.5 * torch.rand(3, generator=generator))
         return made
 
     def draw(samples=shape[0], seed=0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(samples, *shape[1:], generator=generator, dtype=dtype)
+        return torch.randn(samples, *shape[1:], generator=generator, dtype=dtype).to(DEVICE)
 
     return layer, draw
 
@@ -93,8 +94,8 @@ def test_derivatives_of_first_and_second_order(make, training):
     inputs += [p.detach().clone() for p in module.parameters()]
     for tensor in inputs:
         tensor.requires_grad_()
-    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(f, inputs)
+    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True, fast_mode=INTERPRETED)
+    assert torch.autograd.gradgradcheck(f, inputs, fast_mode=INTERPRETED)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -123,8 +124,8 @@ def test_compiled_whole_and_once_for_all_batch_sizes(make, training):
 def test_compiled_by_inductor():
     """The filter is for what torch itself imports there."""
     torch._dynamo.reset()
-    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    eager = torch.nn.Sequential(BatchNorm2d(3, activation="relu"), torch.nn.ReLU())
+    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    eager = torch.nn.Sequential(BatchNorm2d(3, activation="relu", device=DEVICE), torch.nn.ReLU())
     module = copy.deepcopy(eager)
     same(torch.compile(module, fullgraph=True)(x), eager(x), tolerances.LIKE_TORCH)
     same(module.state_dict(), eager.state_dict(), tolerances.LIKE_TORCH)
@@ -132,9 +133,9 @@ def test_compiled_by_inductor():
 
 def test_wrong_input_is_named_under_compile_too():
     torch._dynamo.reset()
-    compiled = torch.compile(BatchNorm1d(3), backend="aot_eager")
+    compiled = torch.compile(BatchNorm1d(3, device=DEVICE), backend="aot_eager")
     with pytest.raises(ValueError, match="weight must have one value for each of the 4 channels"):
-        compiled(torch.ones(5, 4))
+        compiled(torch.ones(5, 4, device=DEVICE))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -193,8 +194,8 @@ def test_autocast(make, training):
     layer, draw = make
     module = layer().train(training)
     x = draw()
-    linear = torch.nn.Linear(x.shape[-1], x.shape[-1])
-    with torch.autocast("cpu", torch.bfloat16):
+    linear = torch.nn.Linear(x.shape[-1], x.shape[-1], device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = module(linear(x))
     y.sum().backward()
     assert y.dtype == torch.bfloat16
@@ -261,7 +262,7 @@ def test_meta_device(make):
     y = module(draw().to("meta"))
     assert y.is_meta
     assert y.shape == draw().shape
-    real = module.to_empty(device="cpu")
+    real = module.to_empty(device=DEVICE)
     real.load_state_dict(layer().state_dict())
     same(real(draw()), layer()(draw()))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests import tolerances
+from tests.device import DEVICE, INTERPRETED
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from batchnorm import ops
@@ -14,7 +15,7 @@ CODES = range(len(ops.ACTIVATIONS))
 
 def draw(*shape, seed=0, requires_grad=True):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
     return x.requires_grad_(requires_grad)
 
 
@@ -26,8 +27,8 @@ def inputs(has_residual, requires_grad=True):
 
 
 def check(f, arguments):
-    assert torch.autograd.gradcheck(f, arguments, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(f, arguments)
+    assert torch.autograd.gradcheck(f, arguments, check_forward_ad=True, fast_mode=INTERPRETED)
+    assert torch.autograd.gradgradcheck(f, arguments, fast_mode=INTERPRETED)
 
 
 @pytest.mark.parametrize("has_residual", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from tests import tolerances
+from tests.device import DEVICE, INTERPRETED
 
 from batchnorm import functional, ops
 from batchnorm.ops import reference
@@ -44,6 +45,8 @@ def one_sample_repeated(x):
 
 LAYOUTS = [contiguous, channels_last, reversed_axes, every_other]
 
+LARGEST = 3000 if INTERPRETED else 20_000
+
 cases = st.fixed_dictionaries(
     {
         "shape": st.builds(
@@ -51,7 +54,7 @@ cases = st.fixed_dictionaries(
             st.integers(1, 9),
             st.integers(1, 19),
             st.lists(st.sampled_from([1, 2, 3, 7, 8, 16, 17, 63, 500]), max_size=3),
-        ).filter(lambda shape: math.prod(shape) <= 20_000),
+        ).filter(lambda shape: math.prod(shape) <= LARGEST),
         "layout": st.sampled_from(LAYOUTS),
         "other_layout": st.sampled_from([*LAYOUTS, one_sample_repeated]),
         "dtype": st.sampled_from(list(TOLERANCE)),
@@ -70,7 +73,7 @@ def build(case):
     generator = torch.Generator().manual_seed(case["seed"])
 
     def draw(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
     shape, dtype = case["shape"], case["dtype"]
     x = case["layout"](draw(*shape, dtype=dtype) + case["offset"])
@@ -99,7 +102,9 @@ def keeps_layout(y, x):
     assert y.movedim(1, -1).is_contiguous() == expected.movedim(1, -1).is_contiguous()
 
 
-settings = hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+settings = hypothesis.settings(
+    max_examples=20 if INTERPRETED else 300, deadline=None, derandomize=True
+)
 
 
 @settings
@@ -152,8 +157,8 @@ def test_pieces(case):
     eps, activation, dtype = case["eps"], case["activation"], case["dtype"]
     op = torch.ops.batchnorm
     # Running statistics, float32: not those of the batch.
-    mean = torch.full((x.shape[1],), case["offset"])
-    var = torch.linspace(0.5, 2, x.shape[1])
+    mean = torch.full((x.shape[1],), case["offset"], device=DEVICE)
+    var = torch.linspace(0.5, 2, x.shape[1], device=DEVICE)
     wide_x, wide_dy, *wide = exact(x, dy, weight, bias, residual)
     n = x.numel() // x.shape[1]
 
@@ -186,7 +191,7 @@ def test_pieces(case):
 )
 def test_any_shape_and_type_works_or_is_named(shape, dtype, activation):
     """Zero and one sized axes included: a result of the shape of x, or an error that says why."""
-    x = torch.zeros(shape, dtype=dtype)
+    x = torch.zeros(shape, dtype=dtype, device=DEVICE)
     if len(shape) < 2 or not dtype.is_floating_point:
         error = "x must"
     elif shape[0] == 0 or x.numel() > shape[1]:
@@ -208,7 +213,7 @@ def test_any_shape_and_type_works_or_is_named(shape, dtype, activation):
 def test_an_axis_of_size_one_has_two_readings_and_one_gate(samples):
     """(N, 1, 1) is contiguous and channels last at once; the format says which counts."""
     for shape in ((samples, 1, 1), (samples, 5, 1), (samples, 1, 5)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         *_, gate = torch.ops.batchnorm.training_forward(x, None, None, x, 1e-5, 1)
         rows, length = reference.gate_rows(x)
         assert gate.shape == (rows, -(-length // 8))

@@ -81,7 +81,7 @@ hardswish: 0 up to −3, 1 from 3 on, else z/3 + ½.
 **Gate.** ``training_forward`` with a residual and one of relu, relu6, leaky_relu returns one
 bit per value, 1 where the slope is 1, so that backward reads neither residual nor y. It is
 uint8 of shape (rows, ⌈length/8⌉), where a row is a run of y's memory: with S = ∏\*,
-N·C rows of S values when x is contiguous, N rows of C·S when 1 < S < 64, and N·S rows of C
+N·C rows of S values when x is contiguous, N rows of C·S when 1 < S < 16, and N·S rows of C
 when x is channels last or S = 1. Value i of a row is bit
 i mod 8 of byte i div 8; the bits that pad a row are 0. In every other case the gate is empty
 (shape (0,)). Given a gate, backward takes the slope from it; otherwise it recomputes z, with

@@ -1,29 +1,75 @@
-"""Which implementation of the ops is in use, and why not a compiled one."""
+"""Which implementation of the ops is in use, and why not another one."""
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from batchnorm.kernels import load_cpu
-from batchnorm.ops.schemas import NAMESPACE
+from batchnorm.ops.schemas import NAMES, library
 
 __all__ = ["kernels"]
 
+LEAST_TRITON = (3, 6)
 
-def _load() -> str:
+
+def _by_triton(name: str) -> Callable[..., Any]:
+    def op(*args: Any) -> Any:
+        from batchnorm.ops import triton  # at the first call: importing Triton takes a while
+
+        return triton.OPS[name](*args)
+
+    return op
+
+
+def _load_triton(key: str) -> str:
+    """Serve a dispatch key by Triton.
+
+    Raises:
+        ImportError: Triton is missing or too old.
+    """
+    least = ".".join(map(str, LEAST_TRITON))
     try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"Triton is not installed: pip install 'triton>={least}'") from None
+    if tuple(map(int, version.split(".")[:2])) < LEAST_TRITON:
+        raise ImportError(f"Triton {version} is too old: pip install 'triton>={least}'")
+    for name in NAMES:
+        library.impl(name, _by_triton(name), key)
+    return f"triton {version}"
+
+
+def _load_cpu() -> str:
+    if os.environ.get("BATCHNORM_CPU_LIBRARY") != "triton":
         return f"compiled ({load_cpu()})"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise ImportError("BATCHNORM_CPU_LIBRARY=triton needs TRITON_INTERPRET=1")
+    return f"{_load_triton('CPU')}, interpreted"
+
+
+def _load_cuda() -> str:
+    if not torch.backends.cuda.is_built():
+        raise ImportError("this torch has no CUDA")
+    return _load_triton("CUDA")
+
+
+def _served(load: Callable[[], str]) -> str:
+    try:
+        return load()
     except ImportError as missing:
         return f"reference ({missing})"
 
 
-_cpu = _load()
+_kernels = {"cpu": _served(_load_cpu), "cuda": _served(_load_cuda)}
 
 
 def kernels() -> dict[str, str]:
-    """Say for each kind of device whether compiled kernels or the reference serve the ops.
+    """Say for each kind of device which kernels serve the ops, or why the reference does.
 
     >>> sorted(kernels())
     ['cpu', 'cuda']
     """
-    op = f"{NAMESPACE}::training_forward"
-    cuda = torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
-    return {"cpu": _cpu, "cuda": "compiled" if cuda else "reference"}
+    return dict(_kernels)

@@ -250,9 +250,13 @@ library.impl("update_running", reference.update_running, "CompositeExplicitAutog
 torch.library.register_fake(f"{NAMESPACE}::update_running", lambda *_: None, lib=library)
 torch.library.register_vmap(f"{NAMESPACE}::update_running", _batched_update, lib=library)
 
+NAMES = ["update_running"]
+"""Of the ops that a device may serve by kernels of its own."""
+
 for _schema, _arguments, _results, _reference, _fake in _OPS:
     library.define(_schema)
     _name = _schema[: _schema.index("(")]
+    NAMES.append(_name)
     library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)
     _op = getattr(getattr(torch.ops, NAMESPACE), _name).default

@@ -3,16 +3,14 @@
 import triton
 import triton.language as tl
 
-from batchnorm.ops import reference
-
-NONE = tl.constexpr(reference.NONE)
-RELU = tl.constexpr(reference.RELU)
-RELU6 = tl.constexpr(reference.RELU6)
-LEAKY_RELU = tl.constexpr(reference.LEAKY_RELU)
-SILU = tl.constexpr(reference.SILU)
-GELU = tl.constexpr(reference.GELU)
-HARDSWISH = tl.constexpr(reference.HARDSWISH)
-LEAKY_SLOPE = tl.constexpr(reference.LEAKY_SLOPE)
+NONE = tl.constexpr(0)
+RELU = tl.constexpr(1)
+RELU6 = tl.constexpr(2)
+LEAKY_RELU = tl.constexpr(3)
+SILU = tl.constexpr(4)
+GELU = tl.constexpr(5)
+HARDSWISH = tl.constexpr(6)
+LEAKY_SLOPE = tl.constexpr(0.01)
 
 ROOT_HALF = tl.constexpr(0.5**0.5)
 ROOT_2_PI = tl.constexpr(2.5066282746310002)
@@ -25,6 +23,7 @@ def _distribution(z):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
+    """Return act(z)."""
     # Comparisons, not maxima, so that NaN passes.
     if ACTIVATION == RELU:
         z = tl.where(z <= 0, 0.0, z)

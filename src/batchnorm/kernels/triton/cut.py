@@ -7,20 +7,17 @@ multiprocessor, which keeps 32 kB (bfloat16) or more on their way.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
-
-from torch import Tensor
-
-from batchnorm.ops.reference import SHORT_RUN, is_channels_last
 
 TILE = 2048
 PROGRAMS_PER_PROCESSOR = 4
 COLUMNS = 64  # 128 bytes of bfloat16
-# What a program keeps in registers, a quarter of those of a multiprocessor. 0: nothing.
+# What a program keeps in registers: a quarter of those of a multiprocessor, and no more values
+# than 16 warps can widen to single precision at once. 0: nothing.
 HELD_BYTES = int(os.environ.get("BATCHNORM_TRITON_HELD_BYTES", 1 << 16))
-BYTES_PER_WARP = 4096
+HELD_ELEMENTS = 1 << 14
+ELEMENTS_PER_WARP = 1024
 
 
 def power_of_2(n: int) -> int:
@@ -42,16 +39,6 @@ class View:
     cols: int
     channels: int
     run: int = 1
-
-    @classmethod
-    def of(cls, x: Tensor) -> View:
-        """See a dense tensor as planes or columns."""
-        n, c, s = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-        if s == 1 or is_channels_last(x):
-            return cls(False, n * s, c, c)
-        if s < SHORT_RUN:
-            return cls(False, n, c * s, c, s)
-        return cls(True, n, s, c)
 
     @property
     def slots(self) -> int:
@@ -94,10 +81,12 @@ def streamed(view: View, processors: int) -> Cut:
 
 def held(view: View, itemsize: int, tensors: int, processors: int) -> Cut | None:
     """Cut so that a program holds its share of so many tensors, or say that it cannot."""
-    elements = HELD_BYTES // (itemsize * tensors)
+    elements = min(HELD_BYTES // (itemsize * tensors), HELD_ELEMENTS)
     if view.run > 1 or elements < 8:
         return None
-    cols = max(power_of_2(view.cols), 8) if view.planes else min(max(power_of_2(view.cols), 8), COLUMNS)
+    cols = max(power_of_2(view.cols), 8)
+    if not view.planes:
+        cols = min(cols, COLUMNS)
     if cols > elements:
         return None
     rows = min(power_of_2(view.rows), elements // cols)

@@ -1,25 +1,27 @@
 """One launch for what fits on the chip: a program keeps its tile in registers between the passes.
 
 Programs that share a channel meet at a barrier, so all of them must be resident (a cooperative
-launch). The tile is the whole share of a program, in the two shapes that :mod:`.kernels` knows.
+launch). The tile is the whole share of a program, in the two shapes that :mod:`.tiles` knows.
 """
 
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.kernels import (
-    _affine,
-    _channels,
-    _dz,
-    _finish_forward,
-    _from_sums,
-    _merged_moments,
-    _merged_sums,
-    _pivot,
-    _put_moments,
-    _share,
-    _tile,
-    _total,
+from batchnorm.kernels.triton.tiles import (
+    affine,
+    careful_moments,
+    channels_of,
+    dz_of,
+    finish_forward,
+    merged_moments,
+    merged_sums,
+    moments_from_sums,
+    pivot_of,
+    put_moments,
+    share_of,
+    tile_at,
+    total_of,
+    values_in,
 )
 
 
@@ -47,34 +49,38 @@ def forward_on_chip(
 ):  # fmt: skip
     """Normalise by the moments of the batch, which also go to mean and var."""
     cols = units * ALIGN
-    part, block, tile, _ = _share(
+    part, block, tile, _ = share_of(
         tl.program_id(0), rows, cols, channels, parts, PLANES, ROWS, COLS
     )
-    slot, valid, channel, _ = _channels(block, cols, channels, PLANES, 1, COLS)
-    begin, offset, inside, high, wide = _tile(
-        tile, block, rows, cols, channels, PLANES, ROWS, COLS
-    )
+    slot, valid, channel, _ = channels_of(block, cols, channels, PLANES, 1, COLS)
+    begin, offset, inside = tile_at(tile, block, rows, cols, channels, PLANES, ROWS, COLS)
     values = tl.load(x + begin + offset, inside, 0)
-    pivot = _pivot(values.to(T), inside, PLANES)
+    pivot, constant = pivot_of(values.to(T), inside, PLANES)
     d = tl.where(inside, values.to(T) - pivot, 0.0)
-    count = (high * wide if PLANES else high).to(tl.float64)
-    m, m2, doubtful = _from_sums(count, pivot, d, d * d, valid, PLANES)
+    count = values_in(tile, rows, cols, PLANES, ROWS, COLS).to(tl.float64)
+    # So few values lose nothing in a sum of single precision, and the double would not fit.
+    s = total_of(d, PLANES)
+    m, m2, doubtful = moments_from_sums(
+        count, pivot, s, total_of(d * d, PLANES), constant, valid, PLANES
+    )
     if doubtful:
-        m = _total(values.to(tl.float64), PLANES) / count
-        far = tl.where(inside, values.to(tl.float64) - m, 0.0)
-        m2 = _total(far * far, PLANES)
+        PIECES: tl.constexpr = min(ROWS, 16)
+        m, m2 = careful_moments(
+            x, block, tile * PIECES, tile * PIECES + PIECES, count, rows, cols, channels,
+            PLANES, ROWS // PIECES, COLS,
+        )  # fmt: skip
     if parts > 1:
-        _put_moments(partial, part, parts, slot, channels, valid, count, m, m2)
+        put_moments(partial, part, parts, slot, channels, valid, count, m, m2)
         if MEET:
             _meet(barrier)
-        m, v = _merged_moments(partial, parts, channel, valid, channels, PLANES, 1, COLS)
+        m, v = merged_moments(partial, parts, channel, valid, channels, PLANES, 1, COLS)
     else:
         v = m2 / count
     if part == 0:
         tl.store(mean + channel, m, valid)
         tl.store(var + channel, v, valid)
-    centre, scale, shift = _affine(m, v, weight, bias, channel, valid, EPS, T)
-    _finish_forward(
+    centre, scale, shift = affine(m, v, weight, bias, channel, valid, EPS, T)
+    finish_forward(
         values, residual, y, gate, centre, scale, shift, begin, offset, inside,
         tile, block, rows, cols, channels, ACTIVATION, PLANES, ROWS, COLS, T,
     )  # fmt: skip
@@ -90,34 +96,32 @@ def backward_on_chip(
 ):  # fmt: skip
     """Write all gradients."""
     cols = units * ALIGN
-    part, block, tile, _ = _share(
+    part, block, tile, _ = share_of(
         tl.program_id(0), rows, cols, channels, parts, PLANES, ROWS, COLS
     )
-    slot, valid, channel, _ = _channels(block, cols, channels, PLANES, 1, COLS)
-    begin, offset, inside, high, wide = _tile(tile, block, rows, cols, channels, PLANES, ROWS, COLS)
+    slot, valid, channel, _ = channels_of(block, cols, channels, PLANES, 1, COLS)
+    begin, offset, inside = tile_at(tile, block, rows, cols, channels, PLANES, ROWS, COLS)
     m = tl.load(mean + channel, valid, 0).to(tl.float64)
     v = tl.load(var + channel, valid, 1).to(tl.float64)
-    _, unit, left = _affine(m, v, None, None, channel, valid, EPS, T)
-    centre, scale, shift = _affine(m, v, weight, bias, channel, valid, EPS, T)
+    _, unit, left = affine(m, v, None, None, channel, valid, EPS, T)
+    centre, scale, shift = affine(m, v, weight, bias, channel, valid, EPS, T)
     d = tl.load(x + begin + offset, inside, 0).to(T) - centre
-    g = _dz(
+    g = dz_of(
         dy, d, residual, gate, centre, scale, shift, begin, offset, inside,
         tile, block, rows, cols, channels, ACTIVATION, PLANES, ROWS, COLS, T,
     )  # fmt: skip
     if dz is not None:
         tl.store(dz + begin + offset, g.to(dz.dtype.element_ty), inside)
     xhat = tl.fma(d, tl.broadcast_to(unit, d.shape), tl.broadcast_to(left, d.shape))
-    sum_dz = _total(g.to(tl.float64), PLANES)
-    sum_dz_xhat = _total(tl.where(inside, g * xhat, 0.0).to(tl.float64), PLANES)
+    sum_dz = total_of(g, PLANES).to(tl.float64)
+    sum_dz_xhat = total_of(tl.where(inside, g * xhat, 0.0), PLANES).to(tl.float64)
     if parts > 1:
         at = partial + part * channels + slot
         tl.store(at, sum_dz, valid)
         tl.store(at + parts * channels, sum_dz_xhat, valid)
         if MEET:
             _meet(barrier)
-        sum_dz, sum_dz_xhat = _merged_sums(
-            partial, parts, channel, valid, channels, PLANES, 1, COLS
-        )
+        sum_dz, sum_dz_xhat = merged_sums(partial, parts, channel, valid, channels, PLANES, 1, COLS)
     if part == 0:
         tl.store(dbias + channel, sum_dz.to(T), valid)
         tl.store(dweight + channel, sum_dz_xhat.to(T), valid)

@@ -6,31 +6,35 @@ the activation fits on the chip.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchnorm.kernels.triton import cut, kernels, on_chip
+from batchnorm.kernels.triton import cut, on_chip, streaming
 from batchnorm.kernels.triton.cut import Cut, View
 from batchnorm.ops.reference import (
     NONE,
+    SHORT_RUN,
     STATISTICS_DTYPE,
     compute_dtype,
     dense,
     gate_rows,
+    is_channels_last,
     laid_out_as,
     uses_gate,
 )
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Enough for the interpreter, whose programs run one after another, to share a channel.
-INTERPRETED_PROCESSORS = 4
+INTERPRETED_PROCESSORS = 2
 
 STREAMING_WARPS = 4
 CHANNELS = 64  # of a program that only merges
@@ -61,13 +65,31 @@ def _barrier(device: torch.device) -> Tensor:
     return _barrier_of_stream(device, torch.cuda.current_stream(device).cuda_stream)
 
 
+def _dense(x: Tensor) -> Tensor:
+    if x.dim() < 2 or not x.numel():
+        raise RuntimeError("batchnorm: x must have two or more axes and not be empty")
+    return dense(x)
+
+
+def _view(x: Tensor) -> View:
+    """See a dense tensor as planes or columns."""
+    n, c, s = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    if s == 1 or is_channels_last(x):
+        return View(False, n * s, c, c)
+    if s < SHORT_RUN:
+        return View(False, n, c * s, c, s)
+    return View(True, n, s, c)
+
+
 def _on(x: Tensor) -> Any:
     """Make the device of x the current one, which Triton launches on."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-    kernel[(programs,)](*args, **meta)
+def _launch(kernel: Any, programs: int, **args: Any) -> None:
+    # The interpreter calculates with numpy, which a device would not warn of masked values.
+    with np.errstate(all="ignore") if INTERPRETED else nullcontext():
+        kernel[(programs,)](**args)
 
 
 def _geometry(c: Cut, x: Tensor) -> dict[str, Any]:
@@ -90,31 +112,31 @@ def _streaming(c: Cut, x: Tensor) -> dict[str, Any]:
     return {**_geometry(c, x), "RUN": c.view.run, "num_warps": STREAMING_WARPS}
 
 
-def _one_launch(kernel: Any, c: Cut, tensors: int, **args: Any) -> bool:
+def _cooperate(kernel: Any, programs: int, **args: Any) -> None:
+    """Launch programs that meet, all of which must be resident."""
+    if not INTERPRETED:
+        _launch(kernel, programs, MEET=True, launch_cooperative_grid=True, **args)
+        return
+    # Programs run one after another: in a second run all find what the first left.
+    for _ in range(2):
+        _launch(kernel, programs, MEET=False, **args)
+
+
+def _one_launch(kernel: Any, c: Cut, **args: Any) -> bool:
     """Launch a kernel that holds its tiles; return whether the device accepted."""
     x = args["x"]
-    meets = c.parts > 1
-    size = c.rows * c.cols * x.element_size() * tensors
-    meta = {
-        **_geometry(c, x),
-        "MEET": meets and not INTERPRETED,
-        "num_warps": min(max(size // cut.BYTES_PER_WARP, 4), 16),
-    }
-    barrier = _barrier(x.device) if meets else None
-    if not meets:
-        _launch(kernel, c.programs, barrier=barrier, **args, **meta)
-    elif INTERPRETED:
-        # Programs run one after another: in a second run all find what the first left.
-        for _ in range(2):
-            _launch(kernel, c.programs, barrier=barrier, **args, **meta)
-    else:
-        try:
-            _launch(kernel, c.programs, barrier=barrier, launch_cooperative_grid=True, **args, **meta)
-        except RuntimeError as error:
-            if "cooperative" not in str(error):
-                raise
-            _refused.add(x.device)
-            return False
+    args |= _geometry(c, x)
+    args["num_warps"] = min(max(c.rows * c.cols // cut.ELEMENTS_PER_WARP, 4), 16)
+    if c.parts == 1:
+        _launch(kernel, c.programs, barrier=None, MEET=False, **args)
+        return True
+    try:
+        _cooperate(kernel, c.programs, barrier=_barrier(x.device), **args)
+    except RuntimeError as error:
+        if "cooperative" not in str(error):
+            raise
+        _refused.add(x.device)
+        return False
     return True
 
 
@@ -131,8 +153,8 @@ def _channel_vector(x: Tensor, dtype: torch.dtype = STATISTICS_DTYPE) -> Tensor:
     return x.new_empty(x.shape[1], dtype=dtype)
 
 
-def _vectors(*values: Tensor | None) -> list[Tensor | None]:
-    return [None if v is None else v.contiguous() for v in values]
+def _vectors(*values: Tensor | None) -> Iterator[Tensor | None]:
+    return (None if v is None else v.contiguous() for v in values)
 
 
 def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
@@ -141,17 +163,17 @@ def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _partial_moments(x: Tensor, c: Cut) -> Tensor:
     partial = _partial(x, 3, c)
-    _launch(kernels.partial_moments, c.programs, x=x, partial=partial, **_streaming(c, x))
+    _launch(streaming.partial_moments, c.programs, x=x, partial=partial, **_streaming(c, x))
     return partial
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = dense(x)
-    c = cut.streamed(View.of(x), _processors(x.device))
+    x = _dense(x)
+    c = cut.streamed(_view(x), _processors(x.device))
     mean, var = _channel_vector(x), _channel_vector(x)
     with _on(x):
         partial = _partial_moments(x, c)
-        _merge(kernels.merge_moments, c, partial=partial, mean=mean, var=var)
+        _merge(streaming.merge_moments, c, partial=partial, mean=mean, var=var)
     return mean, var
 
 
@@ -177,9 +199,10 @@ def training_forward(
     eps: float,
     activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual = dense(x), _as(residual, dense(x))
+    x = _dense(x)
+    residual = _as(residual, x)
     weight, bias = _vectors(weight, bias)
-    view = View.of(x)
+    view = _view(x)
     y, mean, var = torch.empty_like(x), _channel_vector(x), _channel_vector(x)
     gate = None
     if uses_gate(residual, activation):
@@ -200,12 +223,12 @@ def training_forward(
     with _on(x):
         c = _held(view, x, 1)
         if c is None or not _one_launch(
-            on_chip.forward_on_chip, c, 1, partial=_partial(x, 3, c), **args
+            on_chip.forward_on_chip, c, partial=_partial(x, 3, c), **args
         ):
             c = cut.streamed(view, _processors(x.device))
             partial = _partial_moments(x, c)
             _launch(
-                kernels.forward_apply, c.programs, **args, partial=partial, **_streaming(c, x)
+                streaming.forward_apply, c.programs, **args, partial=partial, **_streaming(c, x)
             )
     return y, mean, var, x.new_empty(0, dtype=torch.uint8) if gate is None else gate
 
@@ -220,13 +243,15 @@ def normalize(
     eps: float,
     activation: int,
 ) -> Tensor:
-    x, residual = dense(x), _as(residual, dense(x))
-    mean, var, weight, bias = _vectors(mean, var, weight, bias)
+    x = _dense(x)
+    residual = _as(residual, x)
+    mean, var = mean.contiguous(), var.contiguous()
+    weight, bias = _vectors(weight, bias)
     y = torch.empty_like(x)
-    c = cut.streamed(View.of(x), _processors(x.device))
+    c = cut.streamed(_view(x), _processors(x.device))
     with _on(x):
         _launch(
-            kernels.forward_apply,
+            streaming.forward_apply,
             c.programs,
             x=x,
             residual=residual,
@@ -262,8 +287,9 @@ def _backward_arguments(
     activation: int,
 ) -> dict[str, Any]:
     """Return what the kernels of the two sums take."""
-    x = dense(x)
-    mean, var, weight, bias = _vectors(mean, var, weight, bias)
+    x = _dense(x)
+    mean, var = mean.contiguous(), var.contiguous()
+    weight, bias = _vectors(weight, bias)
     return {
         "dy": laid_out_as(dy, x),
         "x": x,
@@ -282,25 +308,25 @@ def _backward_arguments(
 def _partial_sums(args: dict[str, Any], c: Cut) -> Tensor:
     x = args["x"]
     partial = _partial(x, 2, c)
-    _launch(kernels.partial_sums, c.programs, **args, partial=partial, **_streaming(c, x))
+    _launch(streaming.partial_sums, c.programs, **args, partial=partial, **_streaming(c, x))
     return partial
 
 
 def backward_sums(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     args = _backward_arguments(*arguments)
     x, dz = args["x"], args["dz"]
-    c = cut.streamed(View.of(x), _processors(x.device))
+    c = cut.streamed(_view(x), _processors(x.device))
     sum_dz, sum_dz_xhat = _channel_vector(x), _channel_vector(x)
     with _on(x):
         partial = _partial_sums(args, c)
-        _merge(kernels.merge_sums, c, partial=partial, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
+        _merge(streaming.merge_sums, c, partial=partial, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
     return sum_dz, sum_dz_xhat, x.new_empty(0) if dz is None else dz
 
 
 def training_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args = _backward_arguments(*arguments)
     x, dz = args["x"], args["dz"]
-    view = View.of(x)
+    view = _view(x)
     dtype = compute_dtype(x)
     results = {
         "dx": torch.empty_like(x),
@@ -310,13 +336,13 @@ def training_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with _on(x):
         c = _held(view, x, 2)
         if c is None or not _one_launch(
-            on_chip.backward_on_chip, c, 2, partial=_partial(x, 2, c), **args, **results
+            on_chip.backward_on_chip, c, partial=_partial(x, 2, c), **args, **results
         ):
             c = cut.streamed(view, _processors(x.device))
             partial = _partial_sums(args, c)
             kept = ("x", "weight", "bias", "mean", "var", "EPS")
             _launch(
-                kernels.backward_apply,
+                streaming.backward_apply,
                 c.programs,
                 dy=args["dy"] if dz is None else dz,
                 **{name: args[name] for name in kept},
@@ -343,14 +369,15 @@ def backward_apply(
     eps: float,
     activation: int,
 ) -> Tensor:
-    x = dense(x)
-    mean, var, weight, bias = _vectors(mean, var, weight, bias)
+    x = _dense(x)
+    mean, var = mean.contiguous(), var.contiguous()
+    weight, bias = _vectors(weight, bias)
     mean_dz, mean_dz_xhat = _vectors(mean_dz, mean_dz_xhat)
     dx = torch.empty_like(x)
-    c = cut.streamed(View.of(x), _processors(x.device))
+    c = cut.streamed(_view(x), _processors(x.device))
     with _on(x):
         _launch(
-            kernels.backward_apply,
+            streaming.backward_apply,
             c.programs,
             dy=laid_out_as(dy, x),
             x=x,
@@ -383,16 +410,18 @@ def update_running(
     weight = 0.0 if momentum is None else momentum
     # A kernel takes floats in single precision: two of them.
     high = torch.tensor(weight).item()
-    mean, var = _vectors(mean.detach(), var.detach())
+    mean, var = mean.contiguous(), var.contiguous()
     with _on(running_mean):
         _launch(
-            kernels.update_running,
+            streaming.update_running,
             1,
             running_mean=running_mean,
             running_var=running_var,
             num_batches=num_batches,
             mean=mean,
             var=var,
+            mean_stride=running_mean.stride(0),
+            var_stride=running_var.stride(0),
             channels=running_mean.numel(),
             n=float(n),
             w=high,

@@ -1,4 +1,4 @@
-"""The CPU kernels against the reference in float64."""
+"""The kernels against the reference in float64: on the CPU, in Triton's interpreter, on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.kernels.cases import LAYOUTS, Case, channels_last, contiguous, error, is_compiled
+from tests.device import DEVICE, INTERPRETED
+from tests.kernels.cases import LAYOUTS, Case, are_kernels, channels_last, contiguous, error
 from tests.tolerances import KERNEL, KERNEL_OFF_CENTRE
 
 from batchnorm import ops
@@ -18,8 +19,8 @@ from batchnorm.ops.reference import ACTIVATIONS
 RELU = ACTIVATIONS.index("relu")
 
 
-def test_the_compiled_kernels_are_used() -> None:
-    assert is_compiled(), ops.kernels()
+def test_the_kernels_are_used() -> None:
+    assert are_kernels(), ops.kernels()
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-SHAPES = {
+LARGE = {
     "planes": ((8, 6, 56, 56), contiguous),
     "long planes": ((2, 3, 200_000), contiguous),
     "short rows": ((32, 40, 7, 7), contiguous),
@@ -40,6 +41,24 @@ SHAPES = {
     "two axes": ((4096, 256), contiguous),
     "small": ((60, 100), contiguous),
 }
+SMALL = {
+    "planes": ((5, 3, 30, 30), contiguous),
+    "long planes": ((2, 2, 5000), contiguous),
+    "short rows": ((8, 5, 7, 7), contiguous),
+    "tiny rows": ((16, 5, 2, 2), contiguous),
+    "channels last": ((5, 20, 9, 9), channels_last),
+    "few channels last": ((4, 3, 30, 30), channels_last),
+    "channels last 3d": ((4, 6, 2, 5, 5), channels_last),
+    "two axes": ((400, 70), contiguous),
+    "small": ((6, 10), contiguous),
+}
+SHAPES = SMALL if INTERPRETED else LARGE
+WRITTEN = [(16, 70, 33, 9), (32, 40, 7, 7), (300, 130), (64, 600, 20, 20)]
+if INTERPRETED:
+    WRITTEN = [(3, 5, 33, 9), (6, 9, 7, 7), (50, 130)]
+
+# What only the C++ kernels have: a number of threads, a store of large outputs, instruction sets.
+of_the_cpu = pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="of the C++ kernels")
 
 
 def draw(shape: tuple[int, ...], ratio: float, seed: int = 0, offset_of_dy: float = 0.0) -> Case:
@@ -54,7 +73,7 @@ def draw(shape: tuple[int, ...], ratio: float, seed: int = 0, offset_of_dy: floa
     )
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1] if INTERPRETED or DEVICE != "cpu" else [1, 2])
 @pytest.mark.parametrize("ratio", [0.0, 30.0, 1e3])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.usefixtures("threads")
@@ -69,6 +88,7 @@ def test_exact_in_every_layout(name: str, ratio: float, number: int) -> None:
     assert {k: v for k, v in errors.items() if not v <= bound} == {}
 
 
+@of_the_cpu
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.usefixtures("threads")
@@ -127,17 +147,17 @@ def test_nan_and_inf_stay_in_their_channel(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(16, 70, 33, 9), (32, 40, 7, 7), (300, 130), (64, 600, 20, 20)])
+@pytest.mark.parametrize("shape", WRITTEN)
 def test_every_element_is_written(shape: tuple[int, ...], layout: str) -> None:
     """What an op returns next is laid over memory that is full of NaN."""
     case = draw(shape, 0.0)
     case.x, case.dy = LAYOUTS[layout](case.x), LAYOUTS[layout](case.dy)
     case.activation = RELU
-    case.residual = torch.randn(shape)
+    case.residual = torch.randn(shape).to(DEVICE)
     for value in case.run().values():
         value.fill_(float("nan") if value.is_floating_point() else 255)
     for _ in range(3):
-        torch.full(shape, float("nan"))
+        torch.full(shape, float("nan"), device=DEVICE)
     errors = case.errors()
     assert max(errors.values()) <= KERNEL, errors
 
@@ -151,6 +171,7 @@ def test_unknown_strides_give_a_contiguous_result() -> None:
     assert torch.equal(y, plain)
 
 
+@of_the_cpu
 def test_a_large_output_outlives_its_input_and_is_used_again() -> None:
     case = draw((8, 64, 56, 56), 0.0)
     y = case.forward()[0]
@@ -166,6 +187,7 @@ def test_a_large_output_outlives_its_input_and_is_used_again() -> None:
     assert torch.equal(second, copy)
 
 
+@of_the_cpu
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_lesser_instruction_sets(isa: str) -> None:
     """The fuzz test and the exactness table again, in a process held to another set."""
