@@ -53,18 +53,6 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@cache
-def _barrier_of_stream(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def _barrier(device: torch.device) -> Tensor:
-    """Return what the programs of one launch meet at: no two that run at once may share it."""
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    return _barrier_of_stream(device, torch.cuda.current_stream(device).cuda_stream)
-
-
 def _dense(x: Tensor) -> Tensor:
     if x.dim() < 2 or not x.numel():
         raise RuntimeError("batchnorm: x must have two or more axes and not be empty")
@@ -130,8 +118,10 @@ def _one_launch(kernel: Any, c: Cut, **args: Any) -> bool:
     if c.parts == 1:
         _launch(kernel, c.programs, barrier=None, MEET=False, **args)
         return True
+    # New each time: no two launches that run at once may share it, nor graphs in which they are.
+    barrier = torch.zeros(1, dtype=torch.int32, device=x.device)
     try:
-        _cooperate(kernel, c.programs, barrier=_barrier(x.device), **args)
+        _cooperate(kernel, c.programs, barrier=barrier, **args)
     except RuntimeError as error:
         if "cooperative" not in str(error):
             raise
