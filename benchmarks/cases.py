@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,25 +15,65 @@ from batchnorm.ops import reference
 KINK = 1e-5  # some hundred roundings of float32 at z of order 1
 
 # ResNet-50 at batch 32, then other uses.
-SHAPES: dict[str, tuple[int, ...]] = {
-    "32x64x112x112": (32, 64, 112, 112),
-    "32x64x56x56": (32, 64, 56, 56),
-    "32x256x56x56": (32, 256, 56, 56),
-    "32x128x28x28": (32, 128, 28, 28),
-    "32x512x28x28": (32, 512, 28, 28),
-    "32x256x14x14": (32, 256, 14, 14),
-    "32x1024x14x14": (32, 1024, 14, 14),
-    "32x512x7x7": (32, 512, 7, 7),
-    "32x2048x7x7": (32, 2048, 7, 7),
-    "128x64x32x32": (128, 64, 32, 32),
-    "4096x1024": (4096, 1024),
-    "60x100": (60, 100),
-    "8x256x64": (8, 256, 64),
-}
-LAYOUTS = ("contiguous", "channels_last")
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHAPES = (
+    "32x64x112x112",
+    "32x64x56x56",
+    "32x256x56x56",
+    "32x128x28x28",
+    "32x512x28x28",
+    "32x256x14x14",
+    "32x1024x14x14",
+    "32x512x7x7",
+    "32x2048x7x7",
+    "128x64x32x32",
+    "4096x1024",
+    "60x100",
+    "8x256x64",
+)
+# ResNet-50 at batch 256, then what fits on a GPU's chip.
+GPU_SHAPES = (
+    "256x64x112x112",
+    "256x64x56x56",
+    "256x256x56x56",
+    "256x128x28x28",
+    "256x512x28x28",
+    "256x256x14x14",
+    "256x1024x14x14",
+    "256x512x7x7",
+    "256x2048x7x7",
+    "32x512x7x7",
+    "32x2048x7x7",
+    "32x256x14x14",
+    "4096x1024",
+    "128x64x32x32",
+)
+# Layouts and types.
+FORMATS = (
+    ("contiguous", "float32"),
+    ("contiguous", "bfloat16"),
+    ("channels_last", "float32"),
+    ("channels_last", "bfloat16"),
+)
+# cuDNN has kernels of its own for channels_last float16.
+GPU_FORMATS = (
+    ("contiguous", "bfloat16"),
+    ("channels_last", "bfloat16"),
+    ("channels_last", "float16"),
+)
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("plain", "relu", "add_relu")
 MODES = ("forward", "forward_backward", "inference")
+# How many tensors of the size of x must move when everything is fused, by mode and by whether a
+# residual is added: where the second pass streams x again, and where x was held on the chip or in
+# cache in between. The gate's one bit a value is neglected.
+MOVED = {
+    ("forward", False): (3, 2),
+    ("forward", True): (4, 3),
+    ("forward_backward", False): (3 + 5, 2 + 3),
+    ("forward_backward", True): (4 + 6, 3 + 4),
+    ("inference", False): (2, 2),
+    ("inference", True): (3, 3),
+}
 # Peers that compile for each case, or convert its layout, are measured on these.
 FEW = ("32x256x56x56", "32x1024x14x14", "128x64x32x32", "60x100")
 
@@ -50,23 +92,15 @@ class Case:
     def name(self) -> str:
         return " ".join((self.shape, self.layout, self.type, self.kind, self.mode))
 
-    def bytes(self) -> int:
-        size = torch.Size(SHAPES[self.shape]).numel()
-        return size * TYPES[self.type].itemsize
+    @property
+    def size(self) -> tuple[int, ...]:
+        return tuple(map(int, self.shape.split("x")))
 
-    def floor_bytes(self) -> int:
-        """The bytes that must move (the table of the design's facts): a contiguous channel fits in
-        cache between its two visits, channels_last must be streamed twice.
-        """
-        t = self.bytes()
-        added = self.kind == "add_relu"
-        if self.mode == "inference":
-            return (2 + added) * t
-        once = self.layout == "contiguous"
-        total = ((2 if once else 3) + added) * t
-        if self.mode == "forward_backward":
-            total += ((3 if once else 5) + added) * t
-        return total
+    def bytes(self) -> int:
+        return math.prod(self.size) * TYPES[self.type].itemsize
+
+    def moved_bytes(self, held: bool) -> int:
+        return MOVED[self.mode, self.kind == "add_relu"][held] * self.bytes()
 
 
 @dataclass
@@ -82,21 +116,19 @@ class Inputs:
     var: Tensor
 
 
-def all_cases() -> Iterator[Case]:
-    for shape, size in SHAPES.items():
-        for layout in LAYOUTS if len(size) == 4 else LAYOUTS[:1]:
-            for type_name in TYPES:
-                for kind in KINDS:
-                    for mode in MODES:
-                        yield Case(shape, layout, type_name, kind, mode)
+def cases(shapes: Iterable[str], formats: Iterable[tuple[str, str]]) -> Iterator[Case]:
+    for shape, (layout, type_name) in product(shapes, formats):
+        if layout == "contiguous" or shape.count("x") == 3:
+            for kind, mode in product(KINDS, MODES):
+                yield Case(shape, layout, type_name, kind, mode)
 
 
-def make_inputs(case: Case) -> Inputs:
-    torch.manual_seed(0)
-    shape, c = SHAPES[case.shape], SHAPES[case.shape][1]
+def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
+    torch.manual_seed(seed)
+    channels = case.size[1]
 
     def full() -> Tensor:
-        values = torch.randn(shape).to(TYPES[case.type])
+        values = torch.randn(case.size, device=device).to(TYPES[case.type])
         if case.layout == "channels_last":
             values = values.contiguous(memory_format=torch.channels_last)
         return values
@@ -105,10 +137,10 @@ def make_inputs(case: Case) -> Inputs:
         x=full(),
         dy=full(),
         residual=full() if case.kind == "add_relu" else None,
-        weight=torch.rand(c) + 0.5,
-        bias=torch.randn(c),
-        mean=torch.zeros(c),
-        var=torch.ones(c),
+        weight=torch.rand(channels, device=device) + 0.5,
+        bias=torch.randn(channels, device=device),
+        mean=torch.zeros(channels, device=device),
+        var=torch.ones(channels, device=device),
     )
     if case.mode == "forward_backward" and case.kind != "plain":
         # Within rounding of ReLU's kink either slope is right: such an element takes no part in

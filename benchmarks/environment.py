@@ -11,7 +11,7 @@ import torch
 from batchnorm import __version__, ops
 
 
-def environment() -> dict[str, object]:
+def environment(device: str) -> dict[str, object]:
     model = next(
         (
             line.partition(":")[2].strip()
@@ -24,7 +24,7 @@ def environment() -> dict[str, object]:
     )
     return {
         "batchnorm": __version__,
-        "kernels": ops.kernels()["cpu"],
+        "kernels": ops.kernels()[device],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -32,4 +32,22 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
         "pages": "huge" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "ordinary",
+        **(gpu() if device == "cuda" else {}),
+    }
+
+
+def gpu() -> dict[str, object]:
+    import triton
+
+    properties = torch.cuda.get_device_properties("cuda")
+    driver = Path("/proc/driver/nvidia/version")
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else "not shown here",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
     }

@@ -1,7 +1,7 @@
 """``python -m benchmarks.exactness``: errors against float64, ours and torch's side by side.
 
 Of y, dx, dγ and dβ the largest error, over the largest value where that is more than 1: for each
-layout, ratio of mean to standard deviation and number of threads.
+layout, ratio of mean to standard deviation and, on the CPU, number of threads.
 """
 
 from __future__ import annotations
@@ -50,20 +50,39 @@ def errors(got: list[Tensor], want: list[Tensor]) -> dict[str, float]:
     }
 
 
-def measure(shape: tuple[int, ...], layout: torch.memory_format, ratio: float) -> list[dict]:
+def measure(
+    shape: tuple[int, ...], layout: torch.memory_format, ratio: float, device: str
+) -> list[dict]:
     torch.manual_seed(0)
-    x, dy = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+    x, dy = (torch.randn(shape, device=device).contiguous(memory_format=layout) for _ in range(2))
     x = x + ratio
-    weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+    weight = torch.rand(shape[1], device=device) + 0.5
+    bias = torch.randn(shape[1], device=device)
     want = exact(x, weight, bias, dy)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     rows = []
-    for threads in THREADS:
+    for threads in THREADS if device == "cpu" else (torch.get_num_threads(),):
         torch.set_num_threads(threads)
         ours = gradients(functional.batch_norm(*leaves).y, leaves, dy)
         theirs = gradients(F.batch_norm(x, None, None, weight, bias, True), leaves, dy)
         rows.append({"threads": threads, "ours": errors(ours, want), "torch": errors(theirs, want)})
     return rows
+
+
+def report(device: str, out: Path) -> None:
+    results: dict[str, object] = {"environment": environment(device)}
+    print("| layout and shape | mean/std | threads | " + " | ".join(RESULTS) + " |")
+    print("|" + "---|" * (3 + len(RESULTS)))
+    for name, (shape, layout) in CASES.items():
+        for ratio in RATIOS:
+            rows = measure(shape, layout, ratio, device)
+            results[f"{name}, {ratio:g}"] = rows
+            for row in rows:
+                cells = [f"{row['ours'][r]:.1e} / {row['torch'][r]:.1e}" for r in RESULTS]
+                print(f"| {name} | {ratio:g} | {row['threads']} | " + " | ".join(cells) + " |")
+    print("\nEach cell: ours / torch's.")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "exactness.json").write_text(json.dumps(results, indent=1))
 
 
 def main() -> None:
@@ -72,19 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     if not ops.kernels()["cpu"].startswith("compiled"):
         raise SystemExit(f"the kernels are not in use: {ops.kernels()['cpu']}")
-    report: dict[str, object] = {"environment": environment()}
-    print("| layout and shape | mean/std | threads | " + " | ".join(RESULTS) + " |")
-    print("|" + "---|" * (3 + len(RESULTS)))
-    for name, (shape, layout) in CASES.items():
-        for ratio in RATIOS:
-            rows = measure(shape, layout, ratio)
-            report[f"{name}, {ratio:g}"] = rows
-            for row in rows:
-                cells = [f"{row['ours'][r]:.1e} / {row['torch'][r]:.1e}" for r in RESULTS]
-                print(f"| {name} | {ratio:g} | {row['threads']} | " + " | ".join(cells) + " |")
-    print("\nEach cell: ours / torch's.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "exactness.json").write_text(json.dumps(report, indent=1))
+    report("cpu", args.out)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case
+from benchmarks.peers import Call
+
+# What is launched ahead on a GPU is timed by so many calls, and the wait for the first is lost
+# among them.
+CALLS = 20
+# Root mean square, of values of any scale. Ours against float64: roundings of the type.
+EXACT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+# A peer against ours: torch's own channels_last sums are 5e-3 off in float32, and what is rounded
+# to bfloat16 before ReLU falls on the other side of its kink once in a thousand; to float16, one
+# eighth as often, which is a third in the root of the square.
+AGREEMENT = {"float32": 2e-2, "float16": 4e-2, "bfloat16": 1e-1}
+
+
+def host_seconds(call: Callable[[], object]) -> float:
+    """With one thread the time is the processor's, which does not count other processes' turns."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    result = call()
+    elapsed = clock() - start
+    del result
+    return elapsed
+
+
+def device_seconds(call: Callable[[], object]) -> float:
+    """The GPU's time from the first launch to the end of the last, waits for the host included."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+TIMERS = {"cpu": host_seconds, "cuda": device_seconds}
+
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], seconds: float
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    timed: Callable[[Callable[[], object]], float] = host_seconds,
 ) -> dict[str, list[float]]:
     """Time the calls in turn, so that what disturbs the machine disturbs all of them alike.
 
     Every second turn goes backwards, or a peer's threads that still wait would disturb always the
     same one.
-    With one thread the time is the processor's, which does not count other processes' turns.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -29,10 +65,7 @@ def interleaved(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name in order:
-            start = clock()
-            result = calls[name]()
-            times[name].append(clock() - start)
-            del result
+            times[name].append(timed(calls[name]))
         order.reverse()
     return times
 
@@ -61,11 +94,39 @@ def disagreement(got: tuple[object, ...], want: tuple[object, ...]) -> float:
     return worst
 
 
+def errors(
+    case: Case, calls: Mapping[str, Call], exact: Callable[[], tuple[Tensor, ...]]
+) -> dict[str, float]:
+    """How far ours is from float64, and each other from ours: too far stops the run."""
+    results = calls["ours"]()
+    found = {"ours": disagreement(results, exact())}
+    for name, call in calls.items():
+        if name != "ours":
+            found[name] = disagreement(call(), results)
+    for name, error in found.items():
+        if not error <= (EXACT if name == "ours" else AGREEMENT)[case.type]:
+            raise SystemExit(f"{case.name}: {name} is off by {error:.1e}; no report")
+    return found
+
+
 def streaming_rate(size: int) -> float:
     """Bytes per second that reading, or reading and writing, tensors of so many bytes reaches."""
     x, y = torch.ones(size // 4), torch.empty(size // 4)
     best = interleaved({"copy": lambda: y.copy_(x), "sum": lambda: x.sum()}, 0.3)
     return max(2 * size / min(best["copy"]), size / min(best["sum"]))
+
+
+def copy_rate(size: int, device: str) -> float:
+    """Bytes read and written per second by copying a tensor of so many bytes."""
+    x = torch.ones(size // 4, device=device)
+    y = torch.empty_like(x)
+
+    def copies() -> None:
+        for _ in range(CALLS):
+            y.copy_(x)
+
+    times = interleaved({"copy": copies}, 0.5, TIMERS[device])["copy"]
+    return CALLS * 2 * size / statistics.median(times)
 
 
 def llc_bytes() -> int:

@@ -14,16 +14,19 @@ from batchnorm.ops import reference
 from benchmarks.cases import Case, Inputs
 
 Call = Callable[[], tuple[Tensor, ...]]
+# y of x, weight, bias, residual, and for inference mean and var.
 Normalise = Callable[..., Tensor]
 
 
-def _through_autograd(case: Case, inputs: Inputs, normalise: Normalise) -> Call:
-    """A call of y = normalise(x, weight, bias, residual), with its backward where the mode asks."""
+def call(case: Case, inputs: Inputs, normalise: Normalise) -> Call:
+    """A call that normalises the inputs, with its backward where the mode asks."""
+    mean, var = inputs.mean, inputs.var
     if case.mode != "forward_backward":
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (normalise(inputs.x, inputs.weight, inputs.bias, inputs.residual),)
+                given = (inputs.x, inputs.weight, inputs.bias, inputs.residual)
+                return (normalise(*given, mean, var),)
 
         return forward
 
@@ -32,23 +35,28 @@ def _through_autograd(case: Case, inputs: Inputs, normalise: Normalise) -> Call:
     wanted = leaves if residual is None else [*leaves, residual]
 
     def both() -> tuple[Tensor, ...]:
-        y = normalise(*leaves, residual)
+        y = normalise(*leaves, residual, mean, var)
         return (y.detach(), *torch.autograd.grad(y, wanted, inputs.dy))
 
     return both
 
 
-def ours(case: Case, inputs: Inputs) -> Call:
+def ours(case: Case) -> Normalise:
     activation = None if case.kind == "plain" else "relu"
 
-    def normalise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-        if case.mode == "inference":
-            return functional.normalize(
-                x, inputs.mean, inputs.var, weight, bias, residual=residual, activation=activation
-            )
+    def infer(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        return functional.normalize(
+            x, mean, var, weight, bias, residual=residual, activation=activation
+        )
+
+    def train(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
         return functional.batch_norm(x, weight, bias, residual=residual, activation=activation).y
 
-    return _through_autograd(case, inputs, normalise)
+    return infer if case.mode == "inference" else train
 
 
 def exact(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -71,27 +79,25 @@ def exact(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     return (y, dx, dweight, dbias, *([dz] if residual is not None else []))
 
 
-def _composed(case: Case, inputs: Inputs) -> Normalise:
+def eager(case: Case) -> Normalise:
     """What one writes with torch: in place where autograd allows it."""
-    training = case.mode != "inference"
-    mean, var = (None, None) if training else (inputs.mean, inputs.var)
+    training, activated = case.mode != "inference", case.kind != "plain"
 
-    def normalise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-        y = F.batch_norm(x, mean, var, weight, bias, training)
+    def normalise(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        statistics = (None, None) if training else (mean, var)
+        y = F.batch_norm(x, *statistics, weight, bias, training)
         if residual is not None:
             y = y.add_(residual)
-        return y if case.kind == "plain" else F.relu_(y)
+        return F.relu_(y) if activated else y
 
     return normalise
 
 
-def eager(case: Case, inputs: Inputs) -> Call:
-    return _through_autograd(case, inputs, _composed(case, inputs))
-
-
-def compiled(case: Case, inputs: Inputs) -> Call:
+def compiled(case: Case) -> Normalise:
     torch.compiler.reset()  # each case compiles afresh; dynamo gives up after eight
-    return _through_autograd(case, inputs, torch.compile(_composed(case, inputs)))
+    return torch.compile(eager(case), fullgraph=True)
 
 
 def onednn(case: Case, inputs: Inputs) -> Call | None:
@@ -160,8 +166,8 @@ def jax(case: Case, inputs: Inputs) -> Call | None:
 
 
 PEERS: dict[str, Callable[[Case, Inputs], Call | None]] = {
-    "eager": eager,
-    "compile": compiled,
+    "eager": lambda case, inputs: call(case, inputs, eager(case)),
+    "compile": lambda case, inputs: call(case, inputs, compiled(case)),
     "oneDNN": onednn,
     "JAX": jax,
 }

@@ -52,52 +52,102 @@ Norm = Callable[..., nn.Module]
 NORMS: dict[str, Norm] = {"torch": Torch, "ours": ours, "identity": Identity}
 
 
-class Block(nn.Module):
-    def __init__(self, norm: Norm, inside: int, channels: int, stride: int) -> None:
+class Residual(nn.Module):
+    """A body and a shortcut past it, added where the last norm activates."""
+
+    def __init__(
+        self, norm: Norm, body: list[nn.Module], inside: int, channels: int, stride: int
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, channels, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.channels = channels
+        self.body, self.norm = nn.Sequential(*body), norm(channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or inside != channels:
             convolution = nn.Conv2d(inside, channels, 1, stride, bias=False)
             self.shortcut = nn.Sequential(convolution, norm(channels, relu=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(self.norm1(self.conv1(x))), self.shortcut(x))
+        return self.norm(self.body(x), self.shortcut(x))
 
 
-class ResNet18(nn.Module):
-    def __init__(self, norm: Norm) -> None:
+def basic(norm: Norm, inside: int, width: int, stride: int) -> Residual:
+    body = [
+        nn.Conv2d(inside, width, 3, stride, 1, bias=False),
+        norm(width),
+        nn.Conv2d(width, width, 3, 1, 1, bias=False),
+    ]
+    return Residual(norm, body, inside, width, stride)
+
+
+def bottleneck(norm: Norm, inside: int, width: int, stride: int) -> Residual:
+    body = [
+        nn.Conv2d(inside, width, 1, bias=False),
+        norm(width),
+        nn.Conv2d(width, width, 3, stride, 1, bias=False),
+        norm(width),
+        nn.Conv2d(width, 4 * width, 1, bias=False),
+    ]
+    return Residual(norm, body, inside, 4 * width, stride)
+
+
+class ResNet(nn.Module):
+    def __init__(
+        self,
+        norm: Norm,
+        stem: list[nn.Module],
+        block: Callable[[Norm, int, int, int], Residual],
+        depths: tuple[int, ...],
+        classes: int,
+    ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        self.norm = norm(64)
+        self.stem = nn.Sequential(*stem)
         blocks, inside = [], 64
-        for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            blocks += [Block(norm, inside, channels, stride), Block(norm, channels, channels, 1)]
-            inside = channels
+        for stage, depth in enumerate(depths):
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(block(norm, inside, 64 << stage, stride))
+                inside = blocks[-1].channels
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(512, 10)
+        self.head = nn.Linear(inside, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.norm(self.stem(x))).mean((2, 3)))
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-def step(norm: str, layout: torch.memory_format, batch: int) -> Callable[[], float]:
-    torch.manual_seed(0)
-    model = ResNet18(NORMS[norm]).to(memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
-    target = torch.randint(10, (batch,))
+def resnet18(norm: Norm) -> ResNet:
+    """For images of 32×32."""
+    stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), norm(64)]
+    return ResNet(norm, stem, basic, (2, 2, 2, 2), 10)
 
-    def run() -> float:
+
+def resnet50(norm: Norm) -> ResNet:
+    """For images of 224×224."""
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.MaxPool2d(3, 2, 1)]
+    return ResNet(norm, stem, bottleneck, (3, 4, 6, 3), 1000)
+
+
+def step(
+    model: nn.Module, images: Tensor, target: Tensor, lr: float, mixed: bool = False
+) -> Callable[[], Tensor]:
+    """One step of training, which returns its loss; mixed: autocast to bfloat16."""
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+
+    def run() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), target)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=mixed):
+            loss = F.cross_entropy(model(images), target)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
     return run
+
+
+def resnet18_step(norm: str, layout: torch.memory_format, batch: int) -> Callable[[], Tensor]:
+    torch.manual_seed(0)
+    model = resnet18(NORMS[norm]).to(memory_format=layout)
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
+    return step(model, images, torch.randint(10, (batch,)), lr=1e-3)
 
 
 def peak_mib() -> int:
@@ -117,14 +167,14 @@ def main() -> None:
     layouts = args.layout or ["contiguous", "channels_last"]
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     if args.peak:
-        run = step(args.peak, formats[layouts[0]], args.batch)
+        run = resnet18_step(args.peak, formats[layouts[0]], args.batch)
         run(), run()
         print(peak_mib())
         return
-    report: dict[str, object] = {"environment": environment()}
+    report: dict[str, object] = {"environment": environment("cpu")}
     for layout in layouts:
-        steps = {norm: step(norm, formats[layout], args.batch) for norm in NORMS}
-        first = {norm: run() for norm, run in steps.items()}
+        steps = {norm: resnet18_step(norm, formats[layout], args.batch) for norm in NORMS}
+        first = {norm: float(run()) for norm, run in steps.items()}
         if not abs(first["ours"] - first["torch"]) < 1e-4:
             raise SystemExit(f"the losses disagree: {first}")
         times = interleaved(steps, args.seconds)
