@@ -127,10 +127,10 @@ def resnet50(norm: Norm) -> ResNet:
 
 
 def step(
-    model: nn.Module, images: Tensor, target: Tensor, lr: float, mixed: bool = False
+    model: nn.Module, images: Tensor, target: Tensor, mixed: bool = False
 ) -> Callable[[], Tensor]:
     """One step of training, which returns its loss; mixed: autocast to bfloat16."""
-    optimizer = torch.optim.SGD(model.parameters(), lr)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
 
     def run() -> Tensor:
         optimizer.zero_grad()
@@ -147,7 +147,7 @@ def resnet18_step(norm: str, layout: torch.memory_format, batch: int) -> Callabl
     torch.manual_seed(0)
     model = resnet18(NORMS[norm]).to(memory_format=layout)
     images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
-    return step(model, images, torch.randint(10, (batch,)), lr=1e-3)
+    return step(model, images, torch.randint(10, (batch,)))
 
 
 def peak_mib() -> int:
