@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench sanitize clean
+.PHONY: demo test check bench bench-cpu bench-cuda sanitize clean
 
 demo: $(READY)
 	$(BIN)/batchnorm compare --out runs/demo
@@ -28,12 +28,20 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[all]' --group test --group check
 	touch $@
 
-# Timings: best on a machine that does nothing else.
-bench: $(READY)
+# Timings: best on a machine that does nothing else. With DEVICE=cuda by the python at hand, not by
+# one of ours: a machine with a GPU has a torch for its driver.
+DEVICE ?= cpu
+PYTHON ?= python3
+bench: bench-$(DEVICE)
+
+bench-cpu: $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.resnet
+
+bench-cuda:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.cuda
 
 # The fuzz test of the CPU kernels under the address and undefined-behaviour sanitizers.
 sanitize: $(READY)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks import __main__ as processor
 from benchmarks import cuda, exactness, measure, peers, resnet50
-from benchmarks.cases import GPU_FORMATS, GPU_SHAPES, KINDS, MODES, Case, cases
+from benchmarks.cases import GPU_FORMATS, GPU_SHAPES, KINDS, MODES, Case, cases, make_inputs
 from benchmarks.resnet import Torch, ours
 from torch import Tensor, nn
 
@@ -80,6 +80,18 @@ def test_every_case_of_the_gpu_can_be_made() -> None:
     made = list(cases(GPU_SHAPES, GPU_FORMATS))
     assert len({case.name for case in made}) == len(made) == (13 * 3 + 1) * 9
     assert {case.layout for case in made if len(case.size) == 2} == {"contiguous"}
+
+
+def test_nothing_is_left_on_the_processor() -> None:
+    """The device named meta takes no operand of another, as a GPU does not."""
+    for case in cases((SMALL, "64x8"), GPU_FORMATS):
+        inputs = make_inputs(case, "meta")
+        results = peers.exact(case, inputs)
+        assert {r.device.type for r in results} == {"meta"}
+        for peer in (peers.ours, peers.eager):
+            found = peers.call(case, inputs, peer(case))()
+            assert [r.shape for r in found] == [r.shape for r in results]
+            assert {r.device.type for r in found} == {"meta"}
 
 
 def test_the_layers_are_measured_and_written(tmp_path: Path) -> None:
