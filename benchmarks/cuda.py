@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
+from math import ceil
 from pathlib import Path
 from statistics import geometric_mean, median
 
@@ -86,7 +87,7 @@ def timings(rounds: Mapping[str, Round], count: int, seconds: float, device: str
 
 def measure(case: Case, among: Peers, seconds: float, machine: Machine) -> Row:
     size, cache = case.bytes(), machine.cache_bytes
-    sets = [make_inputs(case, machine.device, seed) for seed in range(max(1, 2 * cache // size))]
+    sets = [make_inputs(case, machine.device, seed) for seed in range(ceil(2 * cache / size))]
     calls = {}
     for name, make in {"ours": peers.ours, **among}.items():
         normalise = make(case)
@@ -131,9 +132,8 @@ def graphs(rounds: Mapping[str, Round], count: int, seconds: float, machine: Mac
 
 def table(rows: list[Row]) -> str:
     names = list(rows[0]["ratio"])
-    graphs = [f"{name}, graph" for name in names]
     head = ["shape", "layout", "type", "kind", "mode", "ours ms", "±", *names, "of copy"]
-    head += ["ours ms, graph", *graphs]
+    head += ["ours ms, graph", *(f"{name}, graph" for name in names)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row[key] for key in ("shape", "layout", "type", "kind", "mode")]
