@@ -67,6 +67,7 @@ FINITE_WIDTH = 0.05
 """Relative, the mean over a dozen layers of 300 units of a factor that theory has for infinite
 width: a layer is off by some 1/√300, and 1 % is left by all of them and by 150 examples."""
 
-SPILLED = 64
-"""Bytes a thread of a GPU may put aside, of the 512 that its registers hold: outside of loops, a
-few addresses. More would mean that a tile does not fit."""
+SPILLED = 128
+"""Bytes that a thread of a GPU may put aside, of the 512 that its registers hold. A kernel that
+holds its tile has no loop, so they are written and read once; more would mean that it does not
+fit."""

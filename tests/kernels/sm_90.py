@@ -21,7 +21,7 @@ from batchnorm.ops import triton as ours
 TARGET = GPUTarget("cuda", 90, 32)
 PROCESSORS = 132
 OPTIONS = ("num_warps", "launch_cooperative_grid")
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 @dataclass
@@ -31,15 +31,21 @@ class Compiled:
     name: str
     ptx: str
     registers: int
-    spilled: int  # bytes
+    stack: int  # bytes a thread: what does not fit into its registers
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, x: Tensor, residual: bool, activation: int) -> list:
-    """Return kernel and arguments of every launch of a forward and a backward."""
+def watch(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Return where kernel and arguments of every launch will be found, instead of launching."""
     seen: list = []
     monkeypatch.setattr(ours, "_launch", lambda kernel, _, **args: seen.append((kernel, args)))
     monkeypatch.setattr(ours, "_processors", lambda _: PROCESSORS)
     monkeypatch.setattr(ours, "_on", lambda _: nullcontext())
+    return seen
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, x: Tensor, residual: bool, activation: int) -> list:
+    """Return kernel and arguments of every launch of a forward and a backward."""
+    seen = watch(monkeypatch)
     r = torch.empty_like(x) if residual else None
     weight, bias = torch.empty(x.shape[1]), torch.empty(x.shape[1])
     _, mean, var, gate = ours.training_forward(x, weight, bias, r, 1e-5, activation)
@@ -63,15 +69,12 @@ def compiled(kernel: object, args: dict[str, object], cache: Path) -> Compiled:
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     options = {name: args[name] for name in OPTIONS if name in args}
+    options["enable_fp_fusion"] = True
     source = ASTSource(kernel, signature, constants, attributes)
-    ptx = triton.compile(source, target=TARGET, options=options).asm["ptx"]
-    file = cache / "kernel.ptx"
-    file.write_text(ptx)
-    command = [str(PTXAS), "-v", "-arch=sm_90a", str(file), "-o", os.devnull]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return Compiled(
-        kernel.__name__,
-        ptx,
-        int(re.search(r"Used (\d+) registers", report)[1]),
-        int(re.search(r"(\d+) bytes spill stores", report)[1]),
-    )
+    assembled = triton.compile(source, target=TARGET, options=options).asm
+    file = cache / "kernel.cubin"
+    file.write_bytes(assembled["cubin"])
+    command = [str(CUOBJDUMP), "--dump-resource-usage", str(file)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
+    return Compiled(kernel.__name__, assembled["ptx"], int(registers), int(stack))
