@@ -1,7 +1,7 @@
 """A ResNet-50 step with torch's norms and with ours, eager and compiled; `benchmarks.cuda` runs it.
 
 Images in channels_last, autocast to bfloat16 over weights in float32, as people train it; one SGD
-step, whose convolutions cuDNN chose by trying.
+step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ def report(
     out: Path,
     variants: Mapping[str, Callable[[], nn.Module]] = VARIANTS,
 ) -> None:
-    torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
