@@ -188,7 +188,7 @@ def test_a_large_output_outlives_its_input_and_is_used_again() -> None:
 
 
 @of_the_cpu
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_lesser_instruction_sets(isa: str) -> None:
     """The fuzz test and the exactness table again, in a process held to another set."""
     here = os.path.dirname(__file__)

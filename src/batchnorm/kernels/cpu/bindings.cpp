@@ -106,6 +106,7 @@ struct Dense {
     torch::stable::copy_(copy, t);
     return copy;
   }
+  const batchnorm::Kernels& kernels() const { return batchnorm::kernels(type_of(x)); }
   Problem problem(int64_t activation) const {
     static const batchnorm::Pool pool{
         [](int64_t count, void* context, batchnorm::Pool::Body body) {
@@ -183,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_forward(const Tensor& x, con
     gate = vector(0, ScalarType::Byte);
   }
   if (residual) added = in.align(*residual);
-  batchnorm::kernels().forward(
+  in.kernels().forward(
       in.problem(activation),
       {in.x.data_ptr(), added ? added->data_ptr() : nullptr,
        {(double*)mean.data_ptr(), (double*)var.data_ptr()},
@@ -196,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_forward(const Tensor& x, con
 std::tuple<Tensor, Tensor> moments(const Tensor& x) {
   const Dense in(x);
   Tensor mean = vector(in.shape.c, ScalarType::Double), var = vector(in.shape.c, ScalarType::Double);
-  batchnorm::kernels().moments(in.problem(0), in.x.data_ptr(),
+  in.kernels().moments(in.problem(0), in.x.data_ptr(),
                                {(double*)mean.data_ptr(), (double*)var.data_ptr()});
   return {mean, var};
 }
@@ -209,7 +210,7 @@ Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const O
   Tensor y = fresh_like(in.x);
   Optional added;
   if (residual) added = in.align(*residual);
-  batchnorm::kernels().normalize(in.problem(activation),
+  in.kernels().normalize(in.problem(activation),
                                  {in.x.data_ptr(), added ? added->data_ptr() : nullptr,
                                   {m.get(), v.get()}, {w.get(), b.get(), eps}, y.data_ptr(),
                                   nullptr});
@@ -268,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_backward(
   std::vector<double> sums(wide ? 0 : 2 * c);
   g.args.sum_dz = wide ? (double*)dbias.data_ptr() : sums.data();
   g.args.sum_dz_xhat = wide ? (double*)dweight.data_ptr() : sums.data() + c;
-  batchnorm::kernels().backward(g.in.problem(activation), g.args);
+  g.in.kernels().backward(g.in.problem(activation), g.args);
   if (!wide)
     for (int64_t i = 0; i < c; ++i) {
       ((float*)dbias.data_ptr())[i] = (float)sums[i];
@@ -287,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor&
          sum_dz_xhat = vector(g.in.shape.c, ScalarType::Double), dz = g.new_dz();
   g.args.sum_dz = (double*)sum_dz.data_ptr();
   g.args.sum_dz_xhat = (double*)sum_dz_xhat.data_ptr();
-  batchnorm::kernels().backward_sums(g.in.problem(activation), g.args);
+  g.in.kernels().backward_sums(g.in.problem(activation), g.args);
   return {sum_dz, sum_dz_xhat, dz};
 }
 
@@ -298,7 +299,7 @@ Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& mean, con
   const Doubles first(mean_dz, g.in.shape.c), second(mean_dz_xhat, g.in.shape.c);
   Tensor dx = fresh_like(g.in.x);
   g.args.dx = dx.data_ptr();
-  batchnorm::kernels().backward_apply(g.in.problem(activation), g.args, {first.get(), second.get()});
+  g.in.kernels().backward_apply(g.in.problem(activation), g.args, {first.get(), second.get()});
   return dx;
 }
 
@@ -346,4 +347,4 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, library) {
   library.impl("update_running", TORCH_BOX(&update_running));
 }
 
-extern "C" __attribute__((visibility("default"))) const char* batchnorm_cpu_instruction_set() { return batchnorm::kernels().name; }
+extern "C" __attribute__((visibility("default"))) const char* batchnorm_cpu_instruction_set() { return batchnorm::kernels(batchnorm::Type::f32).name; }

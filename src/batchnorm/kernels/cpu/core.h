@@ -104,7 +104,7 @@ struct Kernels {
   void (*backward)(const Problem&, const Backward&);  // both in one visit
 };
 
-// The best set that this processor runs.
-const Kernels& kernels();
+// The best set that this processor runs for values of a type.
+const Kernels& kernels(Type type);
 
 }  // namespace batchnorm
