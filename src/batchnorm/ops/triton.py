@@ -400,7 +400,7 @@ def update_running(
 ) -> None:
     weight = 0.0 if momentum is None else momentum
     # A kernel takes floats in single precision: two of them.
-    high = torch.tensor(weight).item()
+    high = float(np.float32(weight))
     mean, var = mean.contiguous(), var.contiguous()
     with _on(running_mean):
         _launch(
