@@ -13,6 +13,17 @@ from batchnorm.ops.schemas import NAMES, library
 __all__ = ["kernels"]
 
 LEAST_TRITON = (3, 6)
+# As released, and as torch's nightly builds bring it.
+DISTRIBUTIONS = ("triton", "pytorch-triton")
+
+
+def _version_of_triton() -> str | None:
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _by_triton(name: str) -> Callable[..., Any]:
@@ -31,10 +42,9 @@ def _load_triton(key: str) -> str:
         ImportError: Triton is missing or too old.
     """
     least = ".".join(map(str, LEAST_TRITON))
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"Triton is not installed: pip install 'triton>={least}'") from None
+    version = _version_of_triton()
+    if version is None:
+        raise ImportError(f"Triton is not installed: pip install 'triton>={least}'")
     if tuple(map(int, version.split(".")[:2])) < LEAST_TRITON:
         raise ImportError(f"Triton {version} is too old: pip install 'triton>={least}'")
     for name in NAMES:
