@@ -156,7 +156,10 @@ VIEWS = [
 def test_every_tile_belongs_to_one_part(processors):
     for view in VIEWS:
         for itemsize in (2, 4):
-            cuts = [cut.streamed(view, processors), cut.held(view, itemsize, 1, processors)]
+            cuts = [
+                cut.streamed(view, itemsize, processors),
+                cut.held(view, itemsize, 1, processors),
+            ]
             for c in filter(None, cuts):
                 down, across = -(-view.rows // c.rows), -(-view.cols // c.cols)
                 tiles = down * across if view.planes else down
@@ -166,6 +169,16 @@ def test_every_tile_belongs_to_one_part(processors):
                 assert sorted(itertools.chain(*shares)) == list(range(tiles))
                 blocks = view.channels if view.planes else across
                 assert c.programs == blocks * c.parts
+
+
+@pytest.mark.parametrize("side", [112, 56, 28, 14, 7])
+def test_planes_are_padded_little(side):
+    """At most a fourteenth, or what reading 128 bytes at a time asks for."""
+    for itemsize in (2, 4):
+        width = cut.streamed(View(True, 256, side * side, 64), itemsize, 132).cols
+        padded = -(-side * side // width) * width
+        least = -(-side * side // (128 // itemsize)) * (128 // itemsize)
+        assert padded <= max(least, side * side * 15 / 14)
 
 
 @pytest.mark.parametrize("processors", [1, 4, 132])

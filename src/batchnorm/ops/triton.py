@@ -131,6 +131,10 @@ def _one_launch(kernel: Any, c: Cut, **args: Any) -> bool:
     return True
 
 
+def _streamed(view: View, x: Tensor) -> Cut:
+    return cut.streamed(view, x.element_size(), _processors(x.device))
+
+
 def _held(view: View, x: Tensor, tensors: int) -> Cut | None:
     c = cut.held(view, x.element_size(), tensors, _processors(x.device))
     return None if c is None or (c.parts > 1 and x.device in _refused) else c
@@ -160,7 +164,7 @@ def _partial_moments(x: Tensor, c: Cut) -> Tensor:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x = _dense(x)
-    c = cut.streamed(_view(x), _processors(x.device))
+    c = _streamed(_view(x), x)
     mean, var = _channel_vector(x), _channel_vector(x)
     with _on(x):
         partial = _partial_moments(x, c)
@@ -216,7 +220,7 @@ def training_forward(
         if c is None or not _one_launch(
             on_chip.forward_on_chip, c, partial=_partial(x, 3, c), **args
         ):
-            c = cut.streamed(view, _processors(x.device))
+            c = _streamed(view, x)
             partial = _partial_moments(x, c)
             _launch(
                 streaming.forward_apply, c.programs, **args, partial=partial, **_streaming(c, x)
@@ -239,7 +243,7 @@ def normalize(
     mean, var = mean.contiguous(), var.contiguous()
     weight, bias = _vectors(weight, bias)
     y = torch.empty_like(x)
-    c = cut.streamed(_view(x), _processors(x.device))
+    c = _streamed(_view(x), x)
     with _on(x):
         _launch(
             streaming.forward_apply,
@@ -306,7 +310,7 @@ def _partial_sums(args: dict[str, Any], c: Cut) -> Tensor:
 def backward_sums(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     args = _backward_arguments(*arguments)
     x, dz = args["x"], args["dz"]
-    c = cut.streamed(_view(x), _processors(x.device))
+    c = _streamed(_view(x), x)
     sum_dz, sum_dz_xhat = _channel_vector(x), _channel_vector(x)
     with _on(x):
         partial = _partial_sums(args, c)
@@ -329,7 +333,7 @@ def training_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if c is None or not _one_launch(
             on_chip.backward_on_chip, c, partial=_partial(x, 2, c), **args, **results
         ):
-            c = cut.streamed(view, _processors(x.device))
+            c = _streamed(view, x)
             partial = _partial_sums(args, c)
             kept = ("x", "weight", "bias", "mean", "var", "EPS")
             _launch(
@@ -365,7 +369,7 @@ def backward_apply(
     weight, bias = _vectors(weight, bias)
     mean_dz, mean_dz_xhat = _vectors(mean_dz, mean_dz_xhat)
     dx = torch.empty_like(x)
-    c = cut.streamed(_view(x), _processors(x.device))
+    c = _streamed(_view(x), x)
     with _on(x):
         _launch(
             streaming.backward_apply,

@@ -1,8 +1,8 @@
 """How a tensor is cut into tiles and parts. No device is needed to think about it.
 
 The sizes are deduced, for want of measurements: 2048 elements are 16 for each of 128 threads, two
-wide loads of bfloat16; with two accumulators an element, some eight programs share a
-multiprocessor, which keeps 32 kB (bfloat16) or more on their way.
+wide loads of bfloat16; with two accumulators an element, four programs share a multiprocessor,
+and with three tiles each on their way (:data:`.tiles.STAGES`) that is 48 kB of bfloat16.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 TILE = 2048
 PROGRAMS_PER_PROCESSOR = 4
 COLUMNS = 64  # 128 bytes of bfloat16
+LINE_BYTES = 128  # of the cache; less at a time would be fetched in halves
+# Lanes without work take their turns: 56 × 56 in tiles of 2048 would be a third more of them.
+PADDING = 1 / 16
 # What a program keeps in registers: a quarter of those of a multiprocessor, and no more values
 # than 16 warps can widen to single precision at once. 0: nothing.
 HELD_BYTES = int(os.environ.get("BATCHNORM_TRITON_HELD_BYTES", 1 << 16))
@@ -67,10 +70,20 @@ def _tiles(view: View, rows: int, cols: int) -> int:
     return down * ceil_div(view.cols, cols) if view.planes else down
 
 
-def streamed(view: View, processors: int) -> Cut:
+def _width_in_planes(length: int, itemsize: int) -> int:
+    """Return the widest tile that pads a row little more than the best does."""
+    most = min(max(power_of_2(length), 8), TILE)
+    widths = [w for w in (1 << i for i in range(3, 12)) if w * itemsize >= LINE_BYTES and w <= most]
+    padded = {w: ceil_div(length, w) * w for w in widths or [most]}
+    return max(w for w, n in padded.items() if n <= min(padded.values()) * (1 + PADDING))
+
+
+def streamed(view: View, itemsize: int, processors: int) -> Cut:
     """Cut so that every processor has several programs, if there is so much to do."""
-    widest = TILE if view.planes else COLUMNS
-    cols = min(max(power_of_2(view.cols), 8), widest)
+    if view.planes:
+        cols = _width_in_planes(view.cols, itemsize)
+    else:
+        cols = min(max(power_of_2(view.cols), 8), COLUMNS)
     rows = min(power_of_2(view.rows), TILE // cols)
     cut = Cut(view, rows, cols, 1)
     tiles = _tiles(view, rows, cols)

@@ -114,7 +114,7 @@ def backward_on_chip(
         tl.store(dz + begin + offset, g.to(dz.dtype.element_ty), inside)
     xhat = tl.fma(d, tl.broadcast_to(unit, d.shape), tl.broadcast_to(left, d.shape))
     sum_dz = total_of(g, PLANES).to(tl.float64)
-    sum_dz_xhat = total_of(tl.where(inside, g * xhat, 0.0), PLANES).to(tl.float64)
+    sum_dz_xhat = total_of(g * xhat, PLANES).to(tl.float64)
     if parts > 1:
         at = partial + part * channels + slot
         tl.store(at, sum_dz, valid)

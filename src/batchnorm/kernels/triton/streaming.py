@@ -113,7 +113,7 @@ def partial_sums(
             tl.store(dz + begin + offset, g.to(dz.dtype.element_ty), inside)
         xhat = tl.fma(d, tl.broadcast_to(unit, d.shape), tl.broadcast_to(left, d.shape))
         sums += g
-        products += tl.where(inside, g * xhat, 0.0)
+        products += g * xhat  # outside of the tensor dz is 0
     at = partial + part * channels * RUN + slot
     tl.store(at, total_of(sums.to(tl.float64), PLANES), valid)
     tl.store(at + parts * channels * RUN, total_of(products.to(tl.float64), PLANES), valid)
