@@ -5,7 +5,7 @@ import torch
 from tests.kernels.cases import LAYOUTS, Case
 from tests.tolerances import KERNEL
 
-from batchnorm.kernels.triton import cut
+from batchnorm.kernels.triton import cut, tiles
 from batchnorm.ops import triton
 
 SHAPES = {"planes": (7, 3, 5, 9), "columns": (40, 70), "channels last": (6, 20, 5, 3)}
@@ -89,6 +89,22 @@ def test_the_same_bits_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     for processors in (1, 9):
         monkeypatch.setattr(triton, "_processors", lambda _, n=processors: n)
         assert max(case.errors().values()) <= KERNEL
+
+
+@pytest.mark.parametrize("shape", [(1280, 64), (256, 18, 2, 2)])
+def test_more_parts_than_are_merged_at_once(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With means that differ from part to part, as samples in an order have."""
+    monkeypatch.setattr(cut, "HELD_BYTES", 0)
+    monkeypatch.setattr(triton, "_processors", lambda _: 64)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g)
+    x += torch.linspace(-3, 3, shape[0]).view(-1, *(1,) * (len(shape) - 1))
+    view = triton._view(x)
+    c = cut.streamed(view, x.element_size(), 64)
+    assert c.parts * view.run > tiles.MERGED.value // c.cols
+    assert max(Case(x, torch.randn(shape, generator=g), activation=1).errors().values()) <= KERNEL
 
 
 @pytest.mark.parametrize("name", SHAPES)
