@@ -6,6 +6,7 @@ import subprocess
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -56,7 +57,6 @@ def launches(monkeypatch: pytest.MonkeyPatch, x: Tensor, residual: bool, activat
 
 
 def compiled(kernel: object, args: dict[str, object], cache: Path) -> Compiled:
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
     signature, constants, attributes = {}, {}, {}
     for parameter in kernel.params:
         value = args[parameter.name]
@@ -71,7 +71,8 @@ def compiled(kernel: object, args: dict[str, object], cache: Path) -> Compiled:
     options = {name: args[name] for name in OPTIONS if name in args}
     options["enable_fp_fusion"] = True
     source = ASTSource(kernel, signature, constants, attributes)
-    assembled = triton.compile(source, target=TARGET, options=options).asm
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(cache)):
+        assembled = triton.compile(source, target=TARGET, options=options).asm
     file = cache / "kernel.cubin"
     file.write_bytes(assembled["cubin"])
     command = [str(CUOBJDUMP), "--dump-resource-usage", str(file)]

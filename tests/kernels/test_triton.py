@@ -19,17 +19,15 @@ from batchnorm.kernels.triton.cut import View
 pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 SUITE = [
-    *(
-        "tests/kernels/test_kernels.py",
-        "tests/kernels/test_fuzz.py",
-        "tests/kernels/test_update.py",
-    ),
+    "tests/kernels/test_kernels.py",
+    "tests/kernels/test_fuzz.py",
+    "tests/kernels/test_update.py",
     "tests/kernels/interpreted.py",
-    *("tests/ops/test_fuzz.py", "tests/ops/test_schemas.py", "tests/ops/test_autograd.py"),
+    "tests/ops/test_fuzz.py",
+    "tests/ops/test_schemas.py",
+    "tests/ops/test_autograd.py",
     "tests/nn/test_contract.py",
 ]
-
-
 # What the derivatives and the layers add is the same for one launch and for two.
 RUNS = {
     "one launch": ({}, SUITE),
