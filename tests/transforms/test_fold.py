@@ -487,6 +487,33 @@ def test_half_precision():
     assert model[0].weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("forward", "laid_out"),
+    [
+        (lambda m, x: m.bn(m.conv(x)).mean((2, 3)), True),
+        (lambda m, x: m.bn(m.conv(x)).mean((2, 3), keepdim=True), True),
+        (lambda m, x: m.bn(m.conv(x)), False),
+        (lambda m, x: m.bn(m.conv(x)).view(len(x), -1), False),
+    ],
+    ids=["pooled", "kept axes", "returned", "viewed"],
+)
+def test_channels_last_unless_it_shows(forward, laid_out):
+    model, x = trained(Written(forward)).float(), draw(2, 4, 6, 6).float()
+    y = model(x)
+    report = fold(model, x)
+    assert (list(report.folded), report.channels_last) == (["bn"], laid_out)
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last) == laid_out
+    assert model.conv.weight.is_contiguous() != laid_out
+    assert model(x).is_contiguous()
+    torch.testing.assert_close(model(x), y)
+
+
+def test_channels_last_where_the_network_was():
+    model = trained(Written(lambda m, x: m.bn(m.conv(x)))).float()
+    x = draw(2, 4, 6, 6).float()
+    assert fold(model, x.contiguous(memory_format=torch.channels_last)).channels_last
+
+
 def test_inserted_norms_are_left():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     insert(model, "batch", draw(5, 3).float())

@@ -246,11 +246,14 @@ def fold(
         f"{len(report.folded)} of {len(layers)} batch norms folded; the output changed by at most "
         f"{report.largest_difference:.1e} on {len(inputs)} inputs.",
     ]
+    if report.channels_last:
+        lines.append("Their two-dimensional convolutions are laid out channels last.")
     document = {
         "command": "fold",
         "model": model,
         "layers": layers,
         "largest_difference": report.largest_difference,
+        "channels_last": report.channels_last,
     }
     return _finish(network, inputs, options, document, lines)
 

@@ -220,7 +220,8 @@ class _Follower(TorchFunctionMode):
             shape = [1] * args[0].dim()
             shape[value.call.channel_axis] = -1
             channels = torch.arange(args[0].shape[value.call.channel_axis]).view(shape)
-            channels = channels.expand(args[0].shape)
+        # In the same layout, as not every one can be viewed alike.
+        channels = torch.empty_like(args[0], dtype=torch.int64, device="cpu").copy_(channels)
         others = [torch.empty(a.shape) if isinstance(a, Tensor) else a for a in args[1:]]
         moved: Tensor = func(channels, *others, **kwargs)
         return moved
