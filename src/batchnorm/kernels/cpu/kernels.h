@@ -418,7 +418,11 @@ struct Columns {
       rows = s.n;
       tail = 0;
     }
-    chunk_rows = std::clamp<int64_t>(131072 / std::min(width, tile_columns), block_rows, 8192);
+    const int64_t most = std::clamp<int64_t>(131072 / std::min(width, tile_columns), block_rows, 8192);
+    chunks = std::max<int64_t>(1, ceil_div(rows, most));
+    // As many for each of 2, 4 or 8 threads.
+    if (chunks > 1) chunks = ceil_div(chunks, chunks < 8 ? 2 : 8) * (chunks < 8 ? 2 : 8);
+    chunk_rows = ceil_div(rows, chunks);
     chunks = std::max<int64_t>(1, ceil_div(rows, chunk_rows));
   }
   static bool suits(const Shape& s) { return s.columns || s.s < short_run; }
@@ -507,7 +511,11 @@ struct ColumnCoefficients {
   // value(channel) for the columns [j0, j1), whole channels of them.
   template <class Value>
   void fill(int64_t j0, int64_t j1, Value value) {
-    for (int64_t j = j0; j < j1; j += columns.span) set(j, j + columns.span, value(columns.channel(j)));
+    int64_t c = columns.channel(j0);  // counted on, as a division takes longer than the rest
+    for (int64_t j = j0; j < j1; j += columns.span) {
+      set(j, j + columns.span, value(c));
+      if (++c == columns.c) c = 0;
+    }
   }
   Coefficients<C> refer(int64_t j) const {
     C* d = data.data + j;

@@ -11,17 +11,22 @@ namespace {
 
 constexpr int64_t page = 4096;
 constexpr int64_t huge_page = 2 << 20;
+// A step of a deep network gives back some hundred blocks, and takes every one again in the next.
+constexpr int64_t step_blocks = 1024;
 
 struct Block {
   void* data;
   int64_t bytes;
+  int64_t turn;      // how many had been given back before it
+  bool reclaimable;  // the kernel may take its pages
 };
 
 struct Blocks {
   std::mutex mutex;
   std::vector<Block> free;  // the last given is the last
   BlockUse use{};
-  int64_t most = 0;  // bytes live at once
+  int64_t most = 0;   // bytes live at once
+  int64_t turns = 0;  // blocks given back so far
 };
 
 // Never destroyed: tensors may outlive every destructor.
@@ -45,6 +50,18 @@ void* map(int64_t bytes) {
   (void)madvise(data, bytes, MADV_HUGEPAGE);
 #endif
   return data;
+}
+
+// Not at once: at the next write to a page that the kernel may take, the processor has to mark it
+// again, which for a small tensor costs as much as normalising it.
+void leave_to_kernel(Blocks& b) {
+#if defined(MADV_FREE)
+  for (Block& block : b.free) {
+    if (b.turns - block.turn <= step_blocks) break;
+    if (!block.reclaimable) (void)madvise(block.data, block.bytes, MADV_FREE);
+    block.reclaimable = true;
+  }
+#endif
 }
 
 }  // namespace
@@ -74,22 +91,20 @@ void* take_block(int64_t bytes) {
 
 void give_block(void* data, int64_t bytes) {
   bytes = rounded(bytes);
-#if defined(MADV_FREE)
-  (void)madvise(data, bytes, MADV_FREE);
-#endif
   Blocks& b = blocks();
   std::vector<Block> dropped;
   {
     std::lock_guard<std::mutex> lock(b.mutex);
     b.use.live -= bytes;
     b.use.kept += bytes;
-    b.free.push_back({data, bytes});
+    b.free.push_back({data, bytes, b.turns++, false});
     // Never more in all than was once in use: sizes that are no longer asked for make room.
     while (b.use.live + b.use.kept > b.most) {
       dropped.push_back(b.free.front());
       b.use.kept -= b.free.front().bytes;
       b.free.erase(b.free.begin());
     }
+    leave_to_kernel(b);
   }
   for (const Block& d : dropped) munmap(d.data, d.bytes);
 }

@@ -2,7 +2,8 @@
 //
 // A large tensor is mapped afresh at every call by torch's allocator, and faulting its pages in
 // costs several times what filling them does. Blocks given back here are kept, on huge pages, for
-// the next output of their size; meanwhile the kernel may take their pages when it needs memory.
+// the next output of their size; of those that nobody asks for the kernel may take the pages when
+// it needs memory.
 #pragma once
 
 #include <cstdint>
