@@ -31,6 +31,8 @@ constexpr int64_t serial_elements = 32768;  // below, waking threads costs more 
 constexpr int64_t tile_columns = 1024;      // of a row, so many at a time: coefficients stay in L1
 constexpr int64_t joined_columns = 512;     // short rows are taken together up to this width
 constexpr int64_t group_channels = 16;      // planes: neighbours that are visited together
+constexpr int64_t joined_rows = 8;          // planes: rows of a channel that are summed together,
+constexpr int64_t joined_elements = 1024;   // up to so many elements
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -152,18 +154,22 @@ struct Planes {
   }
   int64_t offset(int64_t row, int64_t channel) const { return (row * shape.c + channel) * shape.s; }
 
-  // visit(row, begin, len): pieces of at most block_elements of a chunk; after(): at each
-  // block_elements.
+  // visit(row, rows, begin, len): pieces of a chunk, of at most block_elements together; after():
+  // when so many were visited.
   template <class Visit, class After>
   void blocks(const PlaneChunk& k, Visit visit, After after) const {
+    // Short rows by several, so that a channel's sums are loaded and stored once for them all.
+    const int64_t together = std::clamp<int64_t>(joined_elements / k.len, 1, joined_rows);
     int64_t filled = 0;
-    for (int64_t r = k.row; r < k.row + k.rows; ++r)
+    for (int64_t r = k.row; r < k.row + k.rows; r += together) {
+      const int64_t some = std::min(together, k.row + k.rows - r);
       for (int64_t at = 0; at < k.len; at += block_elements) {
         const int64_t len = std::min(block_elements, k.len - at);
-        if (filled && filled + len > block_elements) { after(); filled = 0; }
-        visit(r, k.begin + at, len);
-        filled += len;
+        if (filled && filled + some * len > block_elements) { after(); filled = 0; }
+        visit(r, some, k.begin + at, len);
+        filled += some * len;
       }
+    }
     after();
   }
 
@@ -261,10 +267,11 @@ void plane_moments(const T* x, const Planes& planes, int64_t c0, int64_t c1, int
   }
   planes.blocks(
       k,
-      [&](int64_t r, int64_t begin, int64_t len) {
+      [&](int64_t r, int64_t rows, int64_t begin, int64_t len) {
         const T* row = x + planes.offset(r, c0) + begin;
         for (int64_t c = 0; c < channels; ++c)
-          moments_run<T>(row + c * planes.shape.s, len, shift[c], lanes[c]);
+          moments_run<T>(row + c * planes.shape.s, rows, planes.shape.c * planes.shape.s, len,
+                         shift[c], lanes[c]);
       },
       [&] {
         for (int64_t c = 0; c < channels; ++c) {
@@ -363,10 +370,10 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
         std::fill(out, out + (c1 - c0), Sums{});
         planes.blocks(
             planes.chunk(i),
-            [&](int64_t r, int64_t begin, int64_t len) {
+            [&](int64_t r, int64_t rows, int64_t begin, int64_t len) {
               const int64_t o = planes.offset(r, c0) + begin;
-              loops.sums(dy + o, x + o, moved(residual, o), gate(r, c0, begin), len, gate_row,
-                         c1 - c0, p.shape.s, &channels[c0], lanes);
+              loops.sums(dy + o, x + o, moved(residual, o), gate(r, c0, begin), rows, len, gate_row,
+                         c1 - c0, p.shape.s, p.shape.c, &channels[c0], lanes);
             },
             [&] {
               for (int64_t c = 0; c < c1 - c0; ++c) {

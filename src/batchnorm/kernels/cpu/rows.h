@@ -151,46 +151,53 @@ struct Lanes {
   }
 };
 
-// step(i, n, s, q) adds elements [i, i + n) to the accumulators; four of them hide the latency. They
-// are a copy, as nothing else may alias what is to stay in registers.
+// step(row, i, n, s, q) adds elements [i, i + n) of a row to the accumulators; four of them hide the
+// latency. They are a copy, as nothing else may alias what is to stay in registers.
 template <class S, class Step>
-inline void accumulate(int64_t len, Lanes<S>& lanes, Step step) {
+inline void accumulate(int64_t rows, int64_t len, Lanes<S>& lanes, Step step) {
   constexpr int W = S::W;
   constexpr std::integral_constant<int, W> full;
   Lanes<S> l = lanes;
-  int64_t i = 0;
-  for (; i + 4 * W <= len; i += 4 * W) {
-    step(i, full, l.s[0], l.q[0]);
-    step(i + W, full, l.s[1], l.q[1]);
-    step(i + 2 * W, full, l.s[2], l.q[2]);
-    step(i + 3 * W, full, l.s[3], l.q[3]);
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t i = 0;
+    for (; i + 4 * W <= len; i += 4 * W) {
+      step(r, i, full, l.s[0], l.q[0]);
+      step(r, i + W, full, l.s[1], l.q[1]);
+      step(r, i + 2 * W, full, l.s[2], l.q[2]);
+      step(r, i + 3 * W, full, l.s[3], l.q[3]);
+    }
+    if (i + W <= len) { step(r, i, full, l.s[0], l.q[0]); i += W; }
+    if (i + W <= len) { step(r, i, full, l.s[1], l.q[1]); i += W; }
+    if (i + W <= len) { step(r, i, full, l.s[2], l.q[2]); i += W; }
+    if (i < len) step(r, i, (int)(len - i), l.s[3], l.q[3]);
   }
-  if (i + W <= len) { step(i, full, l.s[0], l.q[0]); i += W; }
-  if (i + W <= len) { step(i, full, l.s[1], l.q[1]); i += W; }
-  if (i + W <= len) { step(i, full, l.s[2], l.q[2]); i += W; }
-  if (i < len) step(i, (int)(len - i), l.s[3], l.q[3]);
   lanes = l;
 }
 
+// Rows of one channel, ld elements apart.
 template <class T>
-inline void moments_run(const T* x, int64_t len, typename Simd<T>::C shift, Lanes<Simd<T>>& lanes) {
+inline void moments_run(const T* x, int64_t rows, int64_t ld, int64_t len,
+                        typename Simd<T>::C shift, Lanes<Simd<T>>& lanes) {
   using S = Simd<T>;
   const auto k = S::set(shift);
-  accumulate<S>(len, lanes, [&](int64_t i, auto n, auto& s, auto& q) {
-    const auto d = load<S>(x + i, n, shift) - k;
+  accumulate<S>(rows, len, lanes, [&](int64_t row, int64_t i, auto n, auto& s, auto& q) {
+    const auto d = load<S>(x + row * ld + i, n, shift) - k;
     s += d;
     q = S::fma(d, d, q);
   });
 }
 
 template <class T, Activation A, Preactivation P>
-inline void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t len,
+inline void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t rows,
+                     int64_t ld, int64_t gate_ld, int64_t len,
                      const Channel<typename Simd<T>::C>& channel, Lanes<Simd<T>>& lanes) {
   using S = Simd<T>;
   const OfChannel<S> of(channel);
-  accumulate<S>(len, lanes, [&](int64_t i, auto n, auto& s, auto& q) {
-    const auto d = load<S>(x + i, n, channel.m) - of.vm;
-    const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
+  accumulate<S>(rows, len, lanes, [&](int64_t row, int64_t i, auto n, auto& s, auto& q) {
+    const int64_t o = row * ld;
+    const auto d = load<S>(x + o + i, n, channel.m) - of.vm;
+    const auto dz = gradient<S, A, P>(load<S>(dy + o + i, n), d, moved(r, o),
+                                      moved(gate, row * gate_ld), of, i, n);
     s += dz;
     q = S::fma(dz, d, q);
   });
@@ -284,8 +291,9 @@ template <class T>
 struct BackwardLoops {
   using S = Simd<T>;
   using C = typename S::C;
-  using Sums = void(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t len,
-                    int64_t gate_row, int64_t runs, int64_t ld, const Channel<C>*, Lanes<S>*);
+  using Sums = void(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t rows,
+                    int64_t len, int64_t gate_row, int64_t runs, int64_t ld, int64_t neighbours,
+                    const Channel<C>*, Lanes<S>*);
   using ColumnSums = void(const T*, const T*, const T*, const uint8_t*, int64_t, int64_t, int64_t,
                           int64_t, Coefficients<C>, C*, C*);
   using Planes = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
@@ -298,14 +306,15 @@ struct BackwardLoops {
   Columns* columns;
   bool residual, gate;
 
-  // The runs are ld elements apart: where a block is part of a row, more than their length.
+  // The runs are ld elements apart: where a block is part of a row, more than their length. Of each
+  // there are some rows, as many runs apart as there are channels.
   template <Activation A, Preactivation P>
-  static void sums_in_planes(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t len,
-                             int64_t gate_row, int64_t runs, int64_t ld, const Channel<C>* channels,
-                             Lanes<S>* lanes) {
+  static void sums_in_planes(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t rows,
+                             int64_t len, int64_t gate_row, int64_t runs, int64_t ld,
+                             int64_t neighbours, const Channel<C>* channels, Lanes<S>* lanes) {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += ld)
-      sums_run<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row), len, channels[c],
-                        lanes[c]);
+      sums_run<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row), rows,
+                        neighbours * ld, neighbours * gate_row, len, channels[c], lanes[c]);
   }
   template <Activation A, Preactivation P>
   static void in_planes(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
