@@ -74,6 +74,8 @@ def test_the_bytes_are_the_tensors_that_each_pass_reads_and_writes(kind: str) ->
         case = Case(LARGE, "contiguous", "bfloat16", kind, mode)
         assert case.moved_bytes(held=False) == len(streamed[mode]) * t
         assert case.moved_bytes(held=True) == len(held[mode]) * t
+        assert case.written_bytes() == sum(name in ("y", "dx", "dz") for name in held[mode]) * t
+        assert case.tensors() == len(set(held[mode]))
 
 
 def test_every_case_of_the_gpu_can_be_made() -> None:
@@ -270,9 +272,12 @@ def test_exactness_has_ours_beside_torchs() -> None:
 
 def test_the_benchmark_of_the_processor_measures_a_case() -> None:
     case = Case("60x100", "contiguous", "float32", "add_relu", "forward_backward")
-    rates: dict[int, float] = {}
-    found = processor.measure(case, FAST, rates, ["eager", "oneDNN"])
+    bounds = processor.Bounds()
+    found = processor.measure(case, FAST, bounds, ["eager", "oneDNN"])
     assert set(found["ratio"]) == {"eager"}  # oneDNN takes no such case
     t = 60 * 100 * 4
-    share = 7 * t / rates[t] / (1e-3 * found["milliseconds"]["ours"])
-    assert found["floor_share"] == pytest.approx(share)
+    rates, (call,) = bounds.rates[t, 6], bounds.calls.values()
+    floor = 6 * t / rates.copy + t / rates.read  # three copies and one more tensor to read
+    assert found["floor_share"] == pytest.approx(floor / (1e-3 * found["milliseconds"]["ours"]))
+    eager = 1e-3 * found["milliseconds"]["eager"]
+    assert found["bound"] == pytest.approx(eager / (floor + call))
