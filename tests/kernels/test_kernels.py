@@ -187,6 +187,37 @@ def test_a_large_output_outlives_its_input_and_is_used_again() -> None:
     assert torch.equal(second, copy)
 
 
+BLOCKS = """
+import torch
+from batchnorm import ops
+
+def lazily_free():
+    lines = open("/proc/self/smaps").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("LazyFree"))
+
+one = torch.ones(1)
+large, small = torch.randn(2, 1, 1 << 22), torch.randn(2, 1, 1 << 17)
+normalize = lambda x: ops.normalize(x, one, one, None, None, None, 0.0, 0)
+two = [normalize(large), normalize(large)]  # so much was once in use, and may be kept
+del two
+found = [lazily_free()]
+for times in (1000, 100):
+    for _ in range(times):
+        normalize(small)
+    found.append(lazily_free())
+print(*found)
+"""
+
+
+@of_the_cpu
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the system does not tell")
+def test_a_block_is_left_to_the_system_when_nobody_asks_for_it() -> None:
+    """Of two of 32 MB the first makes room for the small ones; not at once, as that is slow."""
+    done = subprocess.run([sys.executable, "-c", BLOCKS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "0", str(32 << 10)]
+
+
 @of_the_cpu
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_lesser_instruction_sets(isa: str) -> None:
