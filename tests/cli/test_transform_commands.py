@@ -58,10 +58,11 @@ def test_fold_says_what_went_where_and_writes_a_program(
         "fold", NET, "--weights", str(trained), "--shape", "1,8,8", "--out", str(out)
     )
     assert (code, stderr) == (0, "")
-    first, second, summary, written = stdout.splitlines()
+    first, second, summary, layout, written = stdout.splitlines()
     assert first.startswith("1  into 0  ")
     assert second.startswith("5  into 4  ")
     assert "2 of 2 batch norms folded" in summary
+    assert layout == "Their two-dimensional convolutions are laid out channels last."
     assert written == f"Written: {out} (exported program)"
     program = torch.export.load(out)
     assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
@@ -79,6 +80,7 @@ def test_fold_as_a_document_and_as_a_state_dict(
     assert (code, stderr) == (0, "")
     document = json.loads(stdout)
     assert document["layers"]["1"]["into"] == ["0"]
+    assert document["channels_last"] is True
     assert document["out"] == str(out)
     x = torch.randn(5, 1, 8, 8)
     folded = networks.trained().eval()
