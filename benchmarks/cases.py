@@ -74,23 +74,6 @@ MOVED = {
     ("inference", False): (2, 2),
     ("inference", True): (3, 3),
 }
-# And how many of them are written, by the same; and how many different ones there are.
-WRITTEN = {
-    ("forward", False): 1,
-    ("forward", True): 1,
-    ("forward_backward", False): 2,
-    ("forward_backward", True): 3,
-    ("inference", False): 1,
-    ("inference", True): 1,
-}
-TENSORS = {
-    ("forward", False): 2,
-    ("forward", True): 3,
-    ("forward_backward", False): 4,
-    ("forward_backward", True): 6,
-    ("inference", False): 2,
-    ("inference", True): 3,
-}
 # Peers that compile for each case, or convert its layout, are measured on these.
 FEW = ("32x256x56x56", "32x1024x14x14", "128x64x32x32", "60x100")
 
@@ -120,10 +103,13 @@ class Case:
         return MOVED[self.mode, self.kind == "add_relu"][held] * self.bytes()
 
     def written_bytes(self) -> int:
-        return WRITTEN[self.mode, self.kind == "add_relu"] * self.bytes()
+        """Of y, and of dx, and of dz where a residual is added."""
+        backward = 1 + (self.kind == "add_relu") if self.mode == "forward_backward" else 0
+        return (1 + backward) * self.bytes()
 
     def tensors(self) -> int:
-        return TENSORS[self.mode, self.kind == "add_relu"]
+        """How many different ones are moved: backward reads x again."""
+        return MOVED[self.mode, self.kind == "add_relu"][True] - (self.mode == "forward_backward")
 
 
 @dataclass
