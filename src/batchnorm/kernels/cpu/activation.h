@@ -53,17 +53,14 @@ inline vdouble verf(vdouble x, vdouble) {
 template <class S, Activation A>
 struct Act {
   using V = typename S::V;
-  using I = typename S::I;
+  using M = typename S::M;
   static constexpr bool has_gate =
       A == Activation::relu || A == Activation::relu6 || A == Activation::leaky_relu;
 
   static V forward(V z) {
     const V zero = {};
-    if constexpr (A == Activation::relu) return z <= zero ? zero : z;
-    if constexpr (A == Activation::relu6) {
-      z = z <= zero ? zero : z;
-      return z >= S::set(6) ? S::set(6) : z;
-    }
+    if constexpr (A == Activation::relu) return S::max(zero, z);
+    if constexpr (A == Activation::relu6) return S::min(S::set(6), S::max(zero, z));
     if constexpr (A == Activation::leaky_relu) return z <= zero ? z * S::set(0.01) : z;
     if constexpr (A == Activation::silu) return z / (S::set(1) + vexp(-z));
     if constexpr (A == Activation::gelu) {
@@ -71,23 +68,20 @@ struct Act {
       return S::set(0.5) * z * (S::set(1) + verf(u, vexp(-u * u)));
     }
     if constexpr (A == Activation::hardswish) {
-      V gate = z + S::set(3);
-      gate = gate <= zero ? zero : gate;
-      gate = gate >= S::set(6) ? S::set(6) : gate;
-      return z * gate * S::set(1.0 / 6);
+      return z * S::min(S::set(6), S::max(zero, z + S::set(3))) * S::set(1.0 / 6);
     }
     return z;
   }
 
   // Lanes where the derivative is 1.
-  static I pass(V z) {
-    const V zero = {};
-    if constexpr (A == Activation::relu6) return ~((z <= zero) | (z >= S::set(6)));
-    return ~(z <= zero);
+  static M pass(V z) {
+    const M above = S::above(z, V{});
+    if constexpr (A == Activation::relu6) return above & S::below(z, S::set(6));
+    return above;
   }
-  static V masked(V dy, I pass) {
-    if constexpr (A == Activation::leaky_relu) return pass ? dy : dy * S::set(0.01);
-    return pass ? dy : V{};
+  static V masked(V dy, M pass) {
+    if constexpr (A == Activation::leaky_relu) return S::select(pass, dy, dy * S::set(0.01));
+    return S::keep(pass, dy);
   }
 
   static V backward(V dy, V z) {

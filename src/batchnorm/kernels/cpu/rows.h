@@ -78,16 +78,12 @@ inline uint32_t load_bits(const uint8_t* gate, int64_t i, int n) {
   return bits;
 }
 
-// Calls step(i, n) with full vectors, then with what is left.
+// Calls step(i, n) with full vectors of [i, len), then with what is left.
 template <int W, class Step>
-inline void each_vector(int64_t len, Step step) {
-  int64_t i = 0;
+inline void each_vector(int64_t i, int64_t len, Step step) {
   for (; i + W <= len; i += W) step(i, std::integral_constant<int, W>{});
   if (i < len) step(i, (int)(len - i));
 }
-template <int W>
-inline constexpr bool is_full(std::integral_constant<int, W>) { return true; }
-inline constexpr bool is_full(int) { return false; }
 
 template <class S, class T, class N>
 inline typename S::V load(const T* p, N n, typename S::C fill = 0) {
@@ -100,14 +96,54 @@ inline void store(T* p, typename S::V v, N n) {
   else S::store(p, v);
 }
 
+template <class S, class T, class V>
+inline void store_four(T* p, V a, V b, V c, V d) {
+  if constexpr (requires { &S::store_four; }) return S::store_four(p, a, b, c, d);
+  S::store(p, a);
+  S::store(p + S::W, b);
+  S::store(p + 2 * S::W, c);
+  S::store(p + 3 * S::W, d);
+}
+
+// What is written at an element: y, or dx and dz, and the bits of the gate.
+template <class V>
+struct Written { V first, second; uint32_t bits; };
+
+// Writes value(i, n) where first and second are not null (the branch is the same for every element).
+// By four vectors: the bits of each, stored one after another between the lines of the output, take
+// as long as the rest.
+template <class T, bool Gate, class Value>
+inline void write_run(T* first, T* second, uint8_t* gate, int64_t len, Value value) {
+  using S = Simd<T>;
+  constexpr int W = S::W;
+  constexpr std::integral_constant<int, W> full;
+  int64_t begin = 0;
+  for (; begin + 4 * W <= len; begin += 4 * W) {
+    const Written<typename S::V> v[] = {value(begin, full), value(begin + W, full),
+                                        value(begin + 2 * W, full), value(begin + 3 * W, full)};
+    if (second) store_four<S>(second + begin, v[0].second, v[1].second, v[2].second, v[3].second);
+    if (first) store_four<S>(first + begin, v[0].first, v[1].first, v[2].first, v[3].first);
+    if constexpr (Gate) {
+      uint64_t bits = 0;
+      for (int u = 0; u < 4; ++u) bits |= (uint64_t)v[u].bits << (u * W);
+      std::memcpy(gate + begin / 8, &bits, W / 2);  // little-endian, as every target here
+    }
+  }
+  each_vector<W>(begin, len, [&](int64_t i, auto n) {
+    const auto v = value(i, n);
+    if (second) store<S>(second + i, v.second, n);
+    if (first) store<S>(first + i, v.first, n);
+    if constexpr (Gate) store_bits(gate, i, v.bits & ((1u << n) - 1), n);
+  });
+}
+
 template <class T, Activation A, bool Residual, bool Gate, class Of>
 inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, const Of& of) {
   using S = Simd<T>;
-  each_vector<S::W>(len, [&](int64_t i, auto n) {
+  write_run<T, Gate>(y, (T*)nullptr, gate, len, [&](int64_t i, auto n) -> Written<typename S::V> {
     auto z = S::fma(load<S>(x + i, n) - of.m(i), of.a(i), of.b(i));
     if constexpr (Residual) z += load<S>(r + i, n);
-    if constexpr (Gate) store_bits(gate, i, S::bits(Act<S, A>::pass(z)) & ((1u << n) - 1), n);
-    store<S>(y + i, Act<S, A>::forward(z), n);
+    return {Act<S, A>::forward(z), z, S::bits(Act<S, A>::pass(z))};
   });
 }
 
@@ -125,16 +161,14 @@ inline typename S::V gradient(typename S::V dy, typename S::V d, const T* r, con
   }
 }
 
-// Either output may be null: the branch is the same for every element.
 template <class T, Activation A, Preactivation P, class Of>
 inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz_out,
                       int64_t len, const Of& of) {
   using S = Simd<T>;
-  each_vector<S::W>(len, [&](int64_t i, auto n) {
+  write_run<T, false>(dx, dz_out, nullptr, len, [&](int64_t i, auto n) -> Written<typename S::V> {
     const auto d = load<S>(x + i, n) - of.m(i);
     const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
-    if (dz_out) store<S>(dz_out + i, dz, n);
-    if (dx) store<S>(dx + i, of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), n);
+    return {of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), dz, 0};
   });
 }
 
@@ -210,7 +244,7 @@ template <int Rows, class S, class Step, class Ahead>
 inline void accumulate_columns(int64_t rows, int64_t width, typename S::C* s, typename S::C* q,
                                Step step, Ahead ahead) {
   auto group = [&](int64_t row, auto count) {
-    each_vector<S::W>(width, [&](int64_t j, auto n) {
+    each_vector<S::W>(0, width, [&](int64_t j, auto n) {
       if (j % (2 * S::W) == 0)
         for (int u = 0; u < count; ++u) ahead(row + Rows + u, j);
       auto vs = S::load_c(s + j), vq = S::load_c(q + j);

@@ -18,6 +18,11 @@ constexpr int float_lanes = 8;
 #endif
 constexpr int double_lanes = 8;
 
+#if defined(__AVX512F__)
+// For the forms with a mask: GCC 12 warns that those without use a value that was never set.
+constexpr __mmask16 all_lanes = 0xffff;
+#endif
+
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
@@ -38,36 +43,58 @@ inline double lane_sum(const V& v, int lanes) {
   return sum;
 }
 
+// A mask M has a bit, or a lane of zeros or ones, per lane. above(a, b) is not a <= b, and below(a, b)
+// not a >= b, so that a NaN is both; max and min have b where either is NaN.
 struct OfFloat {
   using C = float;
   using V = vfloat;
-  using I = vint;
   static constexpr int W = float_lanes;
   static V set(float x) { return x - V{}; }
   static V load_c(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
   static void store_c(float* p, V v) { std::memcpy(p, &v, sizeof v); }
   static double sum(V v) { return lane_sum<V, float>(v, W); }
 #if defined(__AVX512F__)
+  using M = __mmask16;
   static V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-  static uint32_t bits(I m) { return _mm512_movepi32_mask((__m512i)m); }
-  static I mask(uint32_t b) { return (I)_mm512_movm_epi32((__mmask16)b); }
+  static V max(V a, V b) { return (V)_mm512_maskz_max_ps(all_lanes, (__m512)a, (__m512)b); }
+  static V min(V a, V b) { return (V)_mm512_maskz_min_ps(all_lanes, (__m512)a, (__m512)b); }
+  static M above(V a, V b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ); }
+  static M below(V a, V b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NGE_UQ); }
+  static V select(M m, V a, V b) { return (V)_mm512_mask_mov_ps((__m512)b, m, (__m512)a); }
+  static V keep(M m, V a) { return (V)_mm512_maskz_mov_ps(m, (__m512)a); }
+  static uint32_t bits(M m) { return m; }
+  static M mask(uint32_t bits) { return (M)bits; }
 #elif defined(__AVX2__)
+  using M = vint;
   static V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-  static uint32_t bits(I m) { return _mm256_movemask_ps((__m256)m); }
-  static I mask(uint32_t b) {
-    const I lane = {1, 2, 4, 8, 16, 32, 64, 128};
-    return (lane & (int32_t)b) != 0;
+  static V max(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+  static V min(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
+  static M above(V a, V b) { return (M)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ); }
+  static M below(V a, V b) { return (M)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NGE_UQ); }
+  static V select(M m, V a, V b) { return (V)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)m); }
+  static V keep(M m, V a) { return (V)(m & (M)a); }
+  static uint32_t bits(M m) { return _mm256_movemask_ps((__m256)m); }
+  static M mask(uint32_t bits) {
+    const M lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    return (lane & (int32_t)bits) == lane;
   }
 #else
+  using M = vint;
   static V fma(V a, V b, V c) { return a * b + c; }
-  static uint32_t bits(I m) {
+  static V max(V a, V b) { return a > b ? a : b; }
+  static V min(V a, V b) { return a < b ? a : b; }
+  static M above(V a, V b) { return ~(a <= b); }
+  static M below(V a, V b) { return ~(a >= b); }
+  static V select(M m, V a, V b) { return m ? a : b; }
+  static V keep(M m, V a) { return (V)(m & (M)a); }
+  static uint32_t bits(M m) {
     uint32_t b = 0;
     for (int i = 0; i < W; ++i) b |= (uint32_t)(m[i] & 1) << i;
     return b;
   }
-  static I mask(uint32_t b) {
-    const I lane = {1, 2, 4, 8, 16, 32, 64, 128};
-    return (lane & (int32_t)b) != 0;
+  static M mask(uint32_t bits) {
+    const M lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    return (lane & (int32_t)bits) != 0;
   }
 #endif
 };
@@ -75,7 +102,7 @@ struct OfFloat {
 struct OfDouble {
   using C = double;
   using V = vdouble;
-  using I = vlong;
+  using M = vlong;
   static constexpr int W = double_lanes;
   static V set(double x) { return x - V{}; }
   static V load_c(const double* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
@@ -86,14 +113,20 @@ struct OfDouble {
 #else
   static V fma(V a, V b, V c) { return a * b + c; }
 #endif
-  static uint32_t bits(I m) {
+  static V max(V a, V b) { return a > b ? a : b; }
+  static V min(V a, V b) { return a < b ? a : b; }
+  static M above(V a, V b) { return ~(a <= b); }
+  static M below(V a, V b) { return ~(a >= b); }
+  static V select(M m, V a, V b) { return m ? a : b; }
+  static V keep(M m, V a) { return (V)(m & (M)a); }
+  static uint32_t bits(M m) {
     uint32_t b = 0;
     for (int i = 0; i < W; ++i) b |= (uint32_t)(m[i] & 1) << i;
     return b;
   }
-  static I mask(uint32_t b) {
-    const I lane = {1, 2, 4, 8, 16, 32, 64, 128};
-    return (lane & (int64_t)b) != 0;
+  static M mask(uint32_t bits) {
+    const M lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    return (lane & (int64_t)bits) != 0;
   }
 };
 
@@ -166,7 +199,7 @@ struct Simd<float> : OfFloat {
 #elif defined(__AVX2__)
   static V load_n(const float* p, int n, float fill) {
     const __m256i lanes = first_lanes(n);
-    return (I)lanes ? (V)_mm256_maskload_ps(p, lanes) : set(fill);
+    return select((M)lanes, (V)_mm256_maskload_ps(p, lanes), set(fill));
   }
   static void store_n(float* p, V v, int n) { store_lanes(p, (__m256)v, n); }
 #else
@@ -185,17 +218,62 @@ struct Simd<double> : OfDouble {
 
 template <>
 struct Simd<bf16> : OfFloat {
+  // GCC widens and narrows the halves of a vector and joins them, which takes several times as long
+  // as the instructions there are.
+#if defined(__AVX512F__)
+  static V widen(vu16 h) { return (V)((vuint)_mm512_maskz_cvtepu16_epi32(all_lanes, (__m256i)h) << 16); }
+#elif defined(__AVX2__)
+  static V widen(vu16 h) { return (V)((vuint)_mm256_cvtepu16_epi32((__m128i)h) << 16); }
+#else
   static V widen(vu16 h) { return (V)(__builtin_convertvector(h, vuint) << 16); }
+#endif
 #if defined(__AVX512BF16__)
   // As below, but that results under 1.2e-38, which have lost bits anyway, are 0.
   static vu16 narrow(V v) { return (vu16)_mm512_cvtneps_pbh((__m512)v); }
+  static void store_four(bf16* p, V a, V b, V c, V d) {
+    // Two vectors in four operations, where one takes three.
+    const auto low = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    const auto high = _mm512_cvtne2ps_pbh((__m512)d, (__m512)c);
+    std::memcpy(p, &low, sizeof low);
+    std::memcpy(p + 2 * W, &high, sizeof high);
+  }
 #else
-  static vu16 narrow(V v) {
-    // Round to nearest even; a NaN keeps its high bits and gets a quiet bit.
+  // The bits of v, rounded to nearest even, in the low half of each lane. A NaN is left as it is, as
+  // what is stored is the result of arithmetic and so has its quiet bit.
+  static vuint round(V v) {
     const vuint u = (vuint)v;
-    const vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const vuint chosen = (vuint)(v != v) ? ((u >> 16) | 0x40u) : rounded;
-    return __builtin_convertvector(chosen, vu16);
+    const vuint more = ((u >> 16) & 1u) + 0x7fffu;
+#if defined(__AVX512F__)
+    const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    return (vuint)_mm512_mask_add_epi32((__m512i)u, ordered, (__m512i)u, (__m512i)more) >> 16;
+#else
+    return (u + (more & (vuint)(v == v))) >> 16;
+#endif
+  }
+#if defined(__AVX512F__)
+  static vu16 narrow(V v) { return (vu16)_mm512_maskz_cvtepi32_epi16(all_lanes, (__m512i)round(v)); }
+  static void store_two(bf16* p, V a, V b) {
+    const __m512i packed = _mm512_packus_epi32((__m512i)round(a), (__m512i)round(b));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi64(0xff, order, packed));
+  }
+#elif defined(__AVX2__)
+  static vu16 narrow(V v) {
+    const __m256i r = (__m256i)round(v);
+    const __m256i packed = _mm256_packus_epi32(r, r);
+    return (vu16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+  static void store_two(bf16* p, V a, V b) {
+    const __m256i packed = _mm256_packus_epi32((__m256i)round(a), (__m256i)round(b));
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+#else
+  static vu16 narrow(V v) { return __builtin_convertvector(round(v), vu16); }
+  static void store_two(bf16* p, V a, V b) { store(p, a); store(p + W, b); }
+#endif
+  static void store_four(bf16* p, V a, V b, V c, V d) {
+    store_two(p, a, b);
+    store_two(p + 2 * W, c, d);
   }
 #endif
   static V load(const bf16* p) { vu16 h; std::memcpy(&h, p, sizeof h); return widen(h); }
@@ -211,7 +289,7 @@ struct Simd<bf16> : OfFloat {
   }
 #elif defined(__AVX2__)
   static V load_n(const bf16* p, int n, float fill) {
-    return (I)first_lanes(n) ? widen((vu16)load_shorts(p, n)) : set(fill);
+    return select((M)first_lanes(n), widen((vu16)load_shorts(p, n)), set(fill));
   }
   static void store_n(bf16* p, V v, int n) { store_shorts(p, (__m128i)narrow(v), n); }
 #else
@@ -223,9 +301,9 @@ struct Simd<bf16> : OfFloat {
 template <>
 struct Simd<f16> : OfFloat {
 #if defined(__AVX512F__)
-  static V load(const f16* p) { return (V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+  static V load(const f16* p) { return (V)_mm512_maskz_cvtph_ps(all_lanes, _mm256_loadu_si256((const __m256i*)p)); }
   static void store(f16* p, V v) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(all_lanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(__F16C__)
   static V load(const f16* p) { return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
@@ -244,7 +322,7 @@ struct Simd<f16> : OfFloat {
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
   static V load_n(const f16* p, int n, float fill) {
-    return (I)first_lanes(n) ? (V)_mm256_cvtph_ps(load_shorts(p, n)) : set(fill);
+    return select((M)first_lanes(n), (V)_mm256_cvtph_ps(load_shorts(p, n)), set(fill));
   }
   static void store_n(f16* p, V v, int n) {
     store_shorts(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT), n);
