@@ -14,6 +14,7 @@ from tests.kernels.cases import LAYOUTS, Case, are_kernels, channels_last, conti
 from tests.tolerances import KERNEL, KERNEL_OFF_CENTRE
 
 from batchnorm import ops
+from batchnorm.ops import reference
 from batchnorm.ops.reference import ACTIVATIONS
 
 RELU = ACTIVATIONS.index("relu")
@@ -162,6 +163,17 @@ def test_every_element_is_written(shape: tuple[int, ...], layout: str) -> None:
     assert max(errors.values()) <= KERNEL, errors
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gate_of_another_shape_is_refused(layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(4, 3, 5, 5, device=DEVICE))
+    op = torch.ops.batchnorm
+    _, mean, var, gate = op.training_forward(x, None, None, None, 1e-5, RELU)
+    with pytest.raises((ValueError, RuntimeError), match="gate must be what training_forward"):
+        op.training_backward(x, x, mean, var, None, None, None, gate, 1e-5, RELU)
+    with pytest.raises(ValueError, match="gate must be what training_forward"):
+        reference.training_backward(x, x, mean, var, None, None, None, gate, 1e-5, RELU)
+
+
 def test_unknown_strides_give_a_contiguous_result() -> None:
     case = draw((3, 4, 5, 6), 0.0)
     plain = case.forward()[0]
@@ -190,6 +202,7 @@ def test_a_large_output_outlives_its_input_and_is_used_again() -> None:
 BLOCKS = """
 import torch
 from batchnorm import ops
+from batchnorm.ops import reference
 
 def lazily_free():
     lines = open("/proc/self/smaps").read().splitlines()

@@ -138,8 +138,20 @@ def pack_gate(gate: Tensor, x: Tensor) -> Tensor:
     return (torch.unflatten(bits, 1, (-1, 8)) * places).sum(-1).to(torch.uint8)
 
 
+def check_gate(gate: Tensor, x: Tensor) -> None:
+    """Raise where the gate is not that of a dense x, as kernels read it by x's size."""
+    rows, length = gate_rows(x)
+    expected = (rows, -(-length // 8))
+    if gate.shape != expected:
+        raise ValueError(
+            f"gate must be what training_forward returned for this x, of shape {expected}, "
+            f"or None; got {tuple(gate.shape)}"
+        )
+
+
 def unpack_gate(packed: Tensor, x: Tensor) -> Tensor:
     """Undo :func:`pack_gate`."""
+    check_gate(packed, x)
     _, length = gate_rows(x)
     places = 2 ** torch.arange(8, device=x.device)
     bits = (packed.unsqueeze(-1) & places).ne(0).flatten(1)[:, :length]

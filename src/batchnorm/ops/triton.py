@@ -24,6 +24,7 @@ from batchnorm.ops.reference import (
     NONE,
     SHORT_RUN,
     STATISTICS_DTYPE,
+    check_gate,
     compute_dtype,
     dense,
     gate_rows,
@@ -285,6 +286,8 @@ def _backward_arguments(
     x = _dense(x)
     mean, var = mean.contiguous(), var.contiguous()
     weight, bias = _vectors(weight, bias)
+    if gate is not None:
+        check_gate(gate, x)
     return {
         "dy": laid_out_as(dy, x),
         "x": x,

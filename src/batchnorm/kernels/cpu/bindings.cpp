@@ -10,6 +10,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core.h"
@@ -164,6 +165,13 @@ bool gated(int64_t activation) {
   return a == Activation::relu || a == Activation::relu6 || a == Activation::leaky_relu;
 }
 
+// The gate's rows and the bytes of each.
+std::pair<int64_t, int64_t> gate_sizes(const batchnorm::Shape& shape) {
+  const bool together = shape.columns || shape.s < batchnorm::short_run;
+  const int64_t row = together ? shape.c * shape.s : shape.s;
+  return {shape.numel() / row, (row + 7) / 8};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> training_forward(const Tensor& x, const Optional& weight,
                                                             const Optional& bias,
                                                             const Optional& residual, double eps,
@@ -176,9 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_forward(const Tensor& x, con
   Optional added;
   Tensor gate;
   if (residual && gated(activation)) {
-    const bool together = in.shape.columns || in.shape.s < batchnorm::short_run;
-    const int64_t row = together ? c * in.shape.s : in.shape.s;
-    const int64_t sizes[2] = {in.shape.numel() / row, (row + 7) / 8}, strides[2] = {sizes[1], 1};
+    const auto [rows, bytes] = gate_sizes(in.shape);
+    const int64_t sizes[2] = {rows, bytes}, strides[2] = {bytes, 1};
     gate = empty({sizes, 2}, {strides, 2}, ScalarType::Byte);
   } else {
     gate = vector(0, ScalarType::Byte);
@@ -232,6 +239,11 @@ struct Gradient {
     if (activation == 0) return;
     if (gate_ && gated(activation)) {
       gate = *gate_;
+      const auto [rows, bytes] = gate_sizes(in.shape);
+      STD_TORCH_CHECK(gate->scalar_type() == ScalarType::Byte && gate->is_contiguous() &&
+                          gate->numel() == rows * bytes,
+                      "batchnorm: gate must be what training_forward returned for this x, ", rows,
+                      " x ", bytes, " uint8, or None; it has ", gate->numel(), " values");
       args.preactivation = Preactivation::from_gate;
       args.gate = (const uint8_t*)gate->data_ptr();
     } else if (residual_) {

@@ -85,9 +85,9 @@ inline Moments shifted(double count, double shift, double sum, double square) {
 }
 // Float squares overflow around 1e19 and vanish around 1e-19: such moments are taken again.
 template <class C>
-inline bool doubtful(const Moments& m) {
+inline bool doubtful(double count, double m2) {
   if constexpr (std::is_same_v<C, double>) return false;
-  else return !(m.m2 < 1e37 && m.m2 > 1e-28 * m.count);
+  else return !(m2 < 1e37) | !(m2 > 1e-28 * count);
 }
 
 // The slow way, in float64 and two passes, over any strides.
@@ -282,7 +282,7 @@ void plane_moments(const T* x, const Planes& planes, int64_t c0, int64_t c1, int
       });
   for (int64_t c = 0; c < channels; ++c) {
     out[c] = shifted((double)k.rows * k.len, shift[c], sum[c], square[c]);
-    if (doubtful<C>(out[c]))
+    if (doubtful<C>(out[c].count, out[c].m2))
       out[c] = careful(x + planes.offset(k.row, c0 + c) + k.begin, k.rows,
                        planes.shape.c * planes.shape.s, k.len, 1);
   }
@@ -586,15 +586,25 @@ void column_moments(const T* x, const Columns& k, int64_t j0, int64_t j1, int64_
                  [&](int64_t row, int64_t rows, int64_t some, C* s, C* q) {
                    moments_columns<T>(x + row * k.width + j0, k.width, rows, some, shift, s, q);
                  });
-  for (int64_t j = 0; j < width; ++j) {
-    const double count = partial.count(chunk, j0 + j);
-    Moments m;
-    if (count > 0) {
-      m = shifted(count, shift[j], mean[j], m2[j]);
-      if (doubtful<C>(m)) m = careful(start + j, (int64_t)count, k.width, 1, 1);
+  // Columns of equal counts together: the loop over them has neither divisions nor branches.
+  const int64_t split = k.left(chunk, j0, j1);
+  for (const auto& [from, to] : {std::pair{int64_t(0), split}, std::pair{split, width}}) {
+    if (from == to) continue;
+    const double count = partial.count(chunk, j0 + from), inverse = count > 0 ? 1 / count : 0;
+    int64_t doubtfuls = 0;
+    for (int64_t j = from; j < to; ++j) {
+      const double mu = mean[j] * inverse, square = m2[j] - mean[j] * mu;
+      mean[j] = shift[j] + mu;
+      m2[j] = square > 0 ? square : 0;
+      doubtfuls += doubtful<C>(count, m2[j]);
     }
-    mean[j] = m.mean;
-    m2[j] = m.m2;
+    if (!doubtfuls || count == 0) continue;
+    for (int64_t j = from; j < to; ++j)
+      if (doubtful<C>(count, m2[j])) {
+        const Moments m = careful(start + j, (int64_t)count, k.width, 1, 1);
+        mean[j] = m.mean;
+        m2[j] = m.m2;
+      }
   }
 }
 

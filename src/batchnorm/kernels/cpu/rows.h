@@ -85,9 +85,14 @@ inline void each_vector(int64_t i, int64_t len, Step step) {
   if (i < len) step(i, (int)(len - i));
 }
 
+// For n: of the next two vectors the elements at even places (0), or those at odd (1).
+template <int Odd>
+struct Half { static constexpr int odd = Odd; };
+
 template <class S, class T, class N>
 inline typename S::V load(const T* p, N n, typename S::C fill = 0) {
   if constexpr (std::is_same_v<N, int>) return S::load_n(p, n, fill);
+  else if constexpr (requires { N::odd; }) return S::template load_half<N::odd>(p);
   else return S::load(p);
 }
 template <class S, class T, class N>
@@ -186,8 +191,9 @@ struct Lanes {
 };
 
 // step(row, i, n, s, q) adds elements [i, i + n) of a row to the accumulators; four of them hide the
-// latency. They are a copy, as nothing else may alias what is to stay in registers.
-template <class S, class Step>
+// latency. They are a copy, as nothing else may alias what is to stay in registers. Where the order
+// of elements is free, halves may be cheaper to load.
+template <bool Halves, class S, class Step>
 inline void accumulate(int64_t rows, int64_t len, Lanes<S>& lanes, Step step) {
   constexpr int W = S::W;
   constexpr std::integral_constant<int, W> full;
@@ -195,10 +201,17 @@ inline void accumulate(int64_t rows, int64_t len, Lanes<S>& lanes, Step step) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t i = 0;
     for (; i + 4 * W <= len; i += 4 * W) {
-      step(r, i, full, l.s[0], l.q[0]);
-      step(r, i + W, full, l.s[1], l.q[1]);
-      step(r, i + 2 * W, full, l.s[2], l.q[2]);
-      step(r, i + 3 * W, full, l.s[3], l.q[3]);
+      if constexpr (Halves && requires { &S::template load_half<0>; }) {
+        step(r, i, Half<0>{}, l.s[0], l.q[0]);
+        step(r, i, Half<1>{}, l.s[1], l.q[1]);
+        step(r, i + 2 * W, Half<0>{}, l.s[2], l.q[2]);
+        step(r, i + 2 * W, Half<1>{}, l.s[3], l.q[3]);
+      } else {
+        step(r, i, full, l.s[0], l.q[0]);
+        step(r, i + W, full, l.s[1], l.q[1]);
+        step(r, i + 2 * W, full, l.s[2], l.q[2]);
+        step(r, i + 3 * W, full, l.s[3], l.q[3]);
+      }
     }
     if (i + W <= len) { step(r, i, full, l.s[0], l.q[0]); i += W; }
     if (i + W <= len) { step(r, i, full, l.s[1], l.q[1]); i += W; }
@@ -214,7 +227,7 @@ inline void moments_run(const T* x, int64_t rows, int64_t ld, int64_t len,
                         typename Simd<T>::C shift, Lanes<Simd<T>>& lanes) {
   using S = Simd<T>;
   const auto k = S::set(shift);
-  accumulate<S>(rows, len, lanes, [&](int64_t row, int64_t i, auto n, auto& s, auto& q) {
+  accumulate<true>(rows, len, lanes, [&](int64_t row, int64_t i, auto n, auto& s, auto& q) {
     const auto d = load<S>(x + row * ld + i, n, shift) - k;
     s += d;
     q = S::fma(d, d, q);
@@ -227,7 +240,8 @@ inline void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, i
                      const Channel<typename Simd<T>::C>& channel, Lanes<Simd<T>>& lanes) {
   using S = Simd<T>;
   const OfChannel<S> of(channel);
-  accumulate<S>(rows, len, lanes, [&](int64_t row, int64_t i, auto n, auto& s, auto& q) {
+  constexpr bool halves = P != Preactivation::from_gate;  // whose bits are in order
+  accumulate<halves>(rows, len, lanes, [&](int64_t row, int64_t i, auto n, auto& s, auto& q) {
     const int64_t o = row * ld;
     const auto d = load<S>(x + o + i, n, channel.m) - of.vm;
     const auto dz = gradient<S, A, P>(load<S>(dy + o + i, n), d, moved(r, o),

@@ -218,6 +218,13 @@ struct Simd<double> : OfDouble {
 
 template <>
 struct Simd<bf16> : OfFloat {
+  // One operation for a vector, where widening takes two. (Bytes are little-endian.)
+  template <int Odd>
+  static V load_half(const bf16* p) {
+    vuint both;
+    std::memcpy(&both, p, sizeof both);
+    return (V)(Odd ? both & 0xffff0000u : both << 16);
+  }
   // GCC widens and narrows the halves of a vector and joins them, which takes several times as long
   // as the instructions there are.
 #if defined(__AVX512F__)
