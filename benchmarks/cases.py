@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -74,6 +74,8 @@ MOVED = {
     ("inference", False): (2, 2),
     ("inference", True): (3, 3),
 }
+# So many values of each of a case's tensors stay together in the cache of one core.
+VALUES_IN_CACHE = 1 << 16
 # Peers that compile for each case, or convert its layout, are measured on these.
 FEW = ("32x256x56x56", "32x1024x14x14", "128x64x32x32", "60x100")
 
@@ -96,8 +98,22 @@ class Case:
     def size(self) -> tuple[int, ...]:
         return tuple(map(int, self.shape.split("x")))
 
+    def in_cache(self) -> Case:
+        """As much of it as stays in a core's cache, its rows as long and its loops the same."""
+        samples, channels, *axes = self.size
+        positions = math.prod(axes)
+        if self.layout == "contiguous" and axes:
+            channels = min(channels, max(4, VALUES_IN_CACHE // (samples * positions)))
+        else:
+            channels = min(channels, 128)
+        samples = min(samples, max(2, VALUES_IN_CACHE // (channels * positions)))
+        return replace(self, shape="x".join(map(str, (samples, channels, *axes))))
+
+    def values(self) -> int:
+        return math.prod(self.size)
+
     def bytes(self) -> int:
-        return math.prod(self.size) * TYPES[self.type].itemsize
+        return self.values() * TYPES[self.type].itemsize
 
     def moved_bytes(self, held: bool) -> int:
         return MOVED[self.mode, self.kind == "add_relu"][held] * self.bytes()

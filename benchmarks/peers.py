@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm import functional
+from batchnorm import functional, ops
 from batchnorm.ops import reference
 from benchmarks.cases import Case, Inputs
 
@@ -57,6 +57,25 @@ def ours(case: Case) -> Normalise:
         return functional.batch_norm(x, weight, bias, residual=residual, activation=activation).y
 
     return infer if case.mode == "inference" else train
+
+
+def operations(case: Case, inputs: Inputs) -> Callable[[], object]:
+    """A call of our ops alone, without autograd."""
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    code = functional.activation_code(None if case.kind == "plain" else "relu")
+    affine = (weight, bias, inputs.residual, 1e-5, code)
+    if case.mode == "inference":
+        return lambda: ops.normalize(x, inputs.mean, inputs.var, *affine)
+
+    def forward() -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = ops.training_forward(x, *affine)
+        return results
+
+    if case.mode == "forward":
+        return forward
+    _, mean, var, gate = forward()
+    saved = (mean, var, weight, bias, None, gate if gate.numel() else None, 1e-5, code)
+    return lambda: (forward(), ops.training_backward(inputs.dy, x, *saved))
 
 
 def exact(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:

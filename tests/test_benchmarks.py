@@ -280,4 +280,26 @@ def test_the_benchmark_of_the_processor_measures_a_case() -> None:
     floor = 6 * t / rates.copy + t / rates.read  # three copies and one more tensor to read
     assert found["floor_share"] == pytest.approx(floor / (1e-3 * found["milliseconds"]["ours"]))
     eager = 1e-3 * found["milliseconds"]["eager"]
-    assert found["bound"] == pytest.approx(eager / (floor + call))
+    (value,) = bounds.arithmetic.values()
+    reckoning = value * 60 * 100 / torch.get_num_threads()
+    assert found["seconds"] == pytest.approx(
+        {"bytes": floor, "arithmetic": reckoning, "call": call}
+    )
+    assert found["overlapped"] == pytest.approx(eager / (call + max(floor, reckoning)))
+    assert found["in_turn"] == pytest.approx(eager / (call + floor + reckoning))
+    line = processor.summary([found]).splitlines()[-1]
+    assert f"{eager / (1e-3 * found['milliseconds']['ours']):.2f}× | 60x100" in line
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "part"),
+    [
+        ("32x512x7x7", "contiguous", "32x41x7x7"),
+        ("32x64x112x112", "contiguous", "2x4x112x112"),
+        ("32x64x56x56", "channels_last", "2x64x56x56"),
+        ("4096x1024", "contiguous", "512x128"),
+        ("60x100", "contiguous", "60x100"),
+    ],
+)
+def test_what_stays_in_a_cores_cache_has_rows_as_long(shape: str, layout: str, part: str) -> None:
+    assert Case(shape, layout, "bfloat16", "relu", "forward").in_cache().shape == part
