@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -76,6 +77,21 @@ def spread(times: list[float]) -> float:
     """The distance between the quartiles over the median."""
     low, middle, high = statistics.quantiles(times, n=4)
     return (high - low) / middle
+
+
+def median_ratio(times: list[float], others: list[float]) -> tuple[float, float, float]:
+    """The median of the ratios turn by turn, and the interval that holds it in 19 of 20 cases.
+
+    Turn by turn, as what slows the machine for seconds then slows both. The interval is that of the
+    sign test: between order statistics, whatever the distribution.
+    """
+    ratios = sorted(a / b for a, b in zip(times, others, strict=True))
+    n = len(ratios)
+    # P(a binomial of n and 1/2 is below k) is at most 1/40.
+    below, k = 0.0, 0
+    while (below := below + math.comb(n, k) / 2**n) <= 1 / 40:
+        k += 1
+    return statistics.median(ratios), ratios[max(k - 1, 0)], ratios[min(n - k, n - 1)]
 
 
 def as_tensor(value: object) -> Tensor:

@@ -291,6 +291,14 @@ def test_the_benchmark_of_the_processor_measures_a_case() -> None:
     assert f"{eager / (1e-3 * found['milliseconds']['ours']):.2f}× | 60x100" in line
 
 
+def test_a_median_ratio_is_of_turns_with_the_interval_of_the_sign_test() -> None:
+    slow = [1.0, 3.0, 2.0, 7.0, 1.0, 1.0, 2.0, 5.0, 1.0, 4.0, 3.0]  # slows both alike
+    ratios = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0]
+    times = [a * b for a, b in zip(slow, ratios, strict=True)]
+    # Of 11, P(at most 1 below the median) = 12/2048 and P(at most 2) = 67/2048, over 1/40.
+    assert measure.median_ratio(times, slow) == pytest.approx((1.5, 1.1, 1.9))
+
+
 @pytest.mark.parametrize(
     ("shape", "layout", "part"),
     [
