@@ -31,7 +31,7 @@ constexpr int64_t serial_elements = 32768;  // below, waking threads costs more 
 constexpr int64_t tile_columns = 1024;      // of a row, so many at a time: coefficients stay in L1
 constexpr int64_t joined_columns = 512;     // short rows are taken together up to this width
 constexpr int64_t group_channels = 16;      // planes: neighbours that are visited together
-constexpr int64_t fetch_bytes = 1024;       // planes: asked for of each run; then the processor sees it coming
+constexpr int64_t fetch_bytes = 1024;       // planes: of each run; the processor sees the rest coming
 constexpr int64_t joined_rows = 8;          // planes: rows of a channel that are summed together,
 constexpr int64_t joined_elements = 1024;   // up to so many elements
 
@@ -87,7 +87,7 @@ inline Moments shifted(double count, double shift, double sum, double square) {
 template <class C>
 inline bool doubtful(double count, double m2) {
   if constexpr (std::is_same_v<C, double>) return false;
-  else return !(m2 < 1e37) | !(m2 > 1e-28 * count);
+  else return !(m2 < 1e37) | !(m2 > 1e-28 * count);  // without a branch, for loops over columns
 }
 
 // The slow way, in float64 and two passes, over any strides.
@@ -305,7 +305,9 @@ void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, int64_t c2, cons
       const Outputs<T> to = outputs.at(start + i), out = stream ? stage.instead_of(to) : to;
       run(start + i, r, k.begin + i, len, out);
       if (stream) stage.flush(to, len * (c1 - c0));
-      if (c2 > c1) fetch(start + i + (c1 - c0) * s, std::min<int64_t>(len * (c2 - c1), fetch_bytes / sizeof(T)));
+      if (c2 > c1)
+        fetch(start + i + (c1 - c0) * s,
+              std::min<int64_t>(len * (c2 - c1), fetch_bytes / sizeof(T)));
     }
   }
 }

@@ -120,7 +120,8 @@ struct Written { V first, second; uint32_t bits; };
 // By four vectors: the bits of each, stored one after another between the lines of the output, take
 // as long as the rest.
 template <class T, bool Gate, class Value>
-[[gnu::always_inline]] inline void write_run(T* first, T* second, uint8_t* gate, int64_t len, Value value) {
+[[gnu::always_inline]] inline void write_run(T* first, T* second, uint8_t* gate, int64_t len,
+                                             Value value) {
   using S = Simd<T>;
   constexpr int W = S::W;
   constexpr std::integral_constant<int, W> full;
@@ -196,7 +197,8 @@ struct Lanes {
 // latency. They are a copy, as nothing else may alias what is to stay in registers. Where the order
 // of elements is free, halves may be cheaper to load.
 template <bool Halves, class S, class Step>
-[[gnu::always_inline]] inline void accumulate(int64_t rows, int64_t len, Lanes<S>& lanes, Step step) {
+[[gnu::always_inline]] inline void accumulate(int64_t rows, int64_t len, Lanes<S>& lanes,
+                                              Step step) {
   constexpr int W = S::W;
   constexpr std::integral_constant<int, W> full;
   Lanes<S> l = lanes;
@@ -257,8 +259,9 @@ inline void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, i
 // stored once a group. A group is as many streams as rows, too short for the processor to see them
 // coming: ahead(row, j) asks for the next group's lines.
 template <int Rows, class S, class Step, class Ahead>
-[[gnu::always_inline]] inline void accumulate_columns(int64_t rows, int64_t width, typename S::C* s, typename S::C* q,
-                               Step step, Ahead ahead) {
+[[gnu::always_inline]] inline void accumulate_columns(int64_t rows, int64_t width,
+                                                      typename S::C* s, typename S::C* q,
+                                                      Step step, Ahead ahead) {
   auto group = [&](int64_t row, auto count) {
     each_vector<S::W>(0, width, [&](int64_t j, auto n) {
       if (j % (2 * S::W) == 0)
