@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmarks import __main__ as processor
-from benchmarks import cuda, exactness, measure, peers, resnet50
+from benchmarks import cuda, exactness, measure, peers, resnet, resnet50
 from benchmarks.cases import GPU_FORMATS, GPU_SHAPES, KINDS, MODES, Case, cases, make_inputs
 from benchmarks.resnet import Torch, ours
 from torch import Tensor, nn
@@ -215,6 +215,24 @@ def test_the_rate_of_copying_counts_what_is_read_and_written(
     monkeypatch.setitem(measure.TIMERS, "cpu", two_seconds)
     copies = 20  # a round of them, each of 4 kB read and 4 kB written
     assert measure.copy_rate(4096, "cpu") == copies * (4096 + 4096) / 2
+
+
+def test_a_network_that_keeps_what_a_norm_keeps_is_the_identitys() -> None:
+    def gradients(norm: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        block = resnet.basic(resnet.NORMS[norm], 3, 4, 2)
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        loss = block(x).square().sum()
+        return [loss, *torch.autograd.grad(loss, [x, *block.parameters()])]
+
+    for kept, plain in zip(gradients("kept"), gradients("identity"), strict=True):
+        torch.testing.assert_close(kept, plain)
+    x = torch.randn(2, 4, 3, 3)
+    before = x.clone()
+    resnet.NORMS["kept"](4)(x)
+    assert torch.equal(x, before)  # the identity's ReLU is in place
+    resnet.NORMS["identity"](4)(x)
+    assert not torch.equal(x, before)
 
 
 def test_the_network_is_resnet_50() -> None:
