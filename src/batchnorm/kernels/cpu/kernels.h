@@ -31,7 +31,7 @@ constexpr int64_t serial_elements = 32768;  // below, waking threads costs more 
 constexpr int64_t tile_columns = 1024;      // of a row, so many at a time: coefficients stay in L1
 constexpr int64_t joined_columns = 512;     // short rows are taken together up to this width
 constexpr int64_t group_channels = 16;      // planes: neighbours that are visited together
-constexpr int64_t fetch_bytes = 1024;       // planes: of each run; the processor sees the rest coming
+constexpr int64_t ahead_bytes = 4096;       // how far ahead a large tensor is asked for, where it is read in order
 constexpr int64_t joined_rows = 8;          // planes: rows of a channel that are summed together,
 constexpr int64_t joined_elements = 1024;   // up to so many elements
 
@@ -45,6 +45,12 @@ inline int64_t cache_bytes() {
   static const int64_t l2 = 0;
 #endif
   return (l2 > 0 ? l2 : 1 << 20) / 4 * 3;
+}
+
+inline bool is_large(const Shape& s, int64_t size) { return s.numel() * size >= stream_bytes; }
+// In elements, where the inputs have left the cache since the sums were taken.
+inline int64_t in_order_ahead(const Shape& s, int64_t size) {
+  return is_large(s, size) ? ahead_bytes / size : 0;
 }
 
 template <class F>
@@ -179,8 +185,9 @@ struct Planes {
 };
 
 // first: part(c0, c1, chunk, out) takes a P of each channel of [c0, c1); finish(c, P) the merged one.
-// second: apply(c0, c1, chunk, c2) normalises them, chunk by chunk, the last read first, and fetches
-// the channels [c1, c2), which come next.
+// second: apply(c0, c1, chunk, ahead) normalises them, chunk by chunk, the last read first, and asks
+// for what lies `ahead` elements further on (0: for nothing): the channels that come next, or more of
+// the same where a channel does not stay in the cache.
 template <class P, class Part, class Finish, class Apply>
 void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64_t size, bool first,
                   bool second, Part part, Finish finish, Apply apply) {
@@ -193,7 +200,7 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
       for (int64_t i = begin; i < end; ++i) {
         const int64_t c0 = i / parts % runs * run, n = i / parts / runs;
         const int64_t c1 = std::min(c0 + run, s.c);
-        apply(c0, c1, parts > 1 ? planes.chunk(n * parts + i % parts) : PlaneChunk{n, 1, 0, s.s}, c1);
+        apply(c0, c1, parts > 1 ? planes.chunk(n * parts + i % parts) : PlaneChunk{n, 1, 0, s.s}, 0);
       }
       stream_fence();
     });
@@ -217,7 +224,7 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
       parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
         for (int64_t i = end - 1; i >= begin; --i) {
           const int64_t c = i / planes.count;
-          apply(c, c + 1, planes.chunk(i % planes.count), c + 1);
+          apply(c, c + 1, planes.chunk(i % planes.count), 0);
         }
         stream_fence();
       });
@@ -236,8 +243,7 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
     const int64_t last = std::min(end * group, s.c);
     for (int64_t c0 = begin * group; c0 < last; c0 += group) {
       const int64_t c1 = std::min(c0 + group, last);
-      // A channel that does not fit the cache would be driven out again.
-      const int64_t c2 = fits ? std::min(c1 + group, last) : c1;
+      const int64_t ahead = fits && c1 < last ? (c1 - c0) * s.s : in_order_ahead(s, size);
       part(c0, c1, 0, total);
       for (int64_t i = 1; i < planes.count; ++i) {
         part(c0, c1, i, piece);
@@ -245,7 +251,7 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
       }
       for (int64_t c = c0; c < c1; ++c) finish(c, total[c - c0]);
       if (second)
-        for (int64_t i = planes.count - 1; i >= 0; --i) apply(c0, c1, planes.chunk(i), c2);
+        for (int64_t i = planes.count - 1; i >= 0; --i) apply(c0, c1, planes.chunk(i), ahead);
     }
     if (second) stream_fence();
   });
@@ -288,14 +294,13 @@ void plane_moments(const T* x, const Planes& planes, int64_t c0, int64_t c1, int
   }
 }
 
-// Calls run(offset, row, begin, len, out) for the pieces of a chunk of channels [c0, c1),
-// streams what it writes when asked, and calls fetch(offset, count) for what lies in their place
-// in the channels [c1, c2).
-template <class T, class Run, class Fetch>
-void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, int64_t c2, const PlaneChunk& k,
-                  bool stream, const Outputs<T>& outputs, Run run, Fetch fetch) {
+// Calls run(offset, row, begin, len, out) for the pieces of a chunk of channels [c0, c1), and
+// streams what it writes when asked.
+template <class T, class Run>
+void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk& k, bool stream,
+                  const Outputs<T>& outputs, Run run) {
   Stage<T> stage;
-  const int64_t s = planes.shape.s, capacity = stage_elements(sizeof(T));
+  const int64_t capacity = stage_elements(sizeof(T));
   for (int64_t r = k.row; r < k.row + k.rows; ++r) {
     // Whole rows of several channels are one run of memory, which fits the stage.
     const int64_t start = planes.offset(r, c0) + k.begin;
@@ -305,9 +310,6 @@ void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, int64_t c2, cons
       const Outputs<T> to = outputs.at(start + i), out = stream ? stage.instead_of(to) : to;
       run(start + i, r, k.begin + i, len, out);
       if (stream) stage.flush(to, len * (c1 - c0));
-      if (c2 > c1)
-        fetch(start + i + (c1 - c0) * s,
-              std::min<int64_t>(len * (c2 - c1), fetch_bytes / sizeof(T)));
     }
   }
 }
@@ -317,7 +319,7 @@ void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& l
                     bool normalize) {
   using C = typename Simd<T>::C;
   const Planes planes(p.shape);
-  const bool stream = p.shape.numel() * (int64_t)sizeof(T) >= stream_bytes;
+  const bool stream = is_large(p.shape, sizeof(T));
   const int64_t gate_row = ceil_div(p.shape.s, 8);
   Buffer<Channel<C>> channels(normalize ? p.shape.c : 0);
   auto* x = (const T*)f.x;
@@ -334,16 +336,15 @@ void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& l
         f.statistics.var[c] = m.m2 / m.count;
         if (normalize) channels[c].forward(f.statistics, f.affine, c);
       },
-      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t c2) {
+      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead) {
         plane_pieces<T>(
-            planes, c0, c1, c2, k, stream, {(T*)f.y, nullptr},
+            planes, c0, c1, k, stream, {(T*)f.y, nullptr},
             [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out) {
               uint8_t* gate =
                   loops.gate ? f.gate + (r * p.shape.c + c0) * gate_row + begin / 8 : nullptr;
               loops.planes(x + o, moved(residual, o), out.first, gate, len, gate_row, c1 - c0,
-                           &channels[c0]);
-            },
-            [&](int64_t o, int64_t count) { fetch(x + o, count * sizeof(T)); });
+                           &channels[c0], ahead);
+            });
       });
 }
 
@@ -353,7 +354,7 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
   using S = Simd<T>;
   using C = typename S::C;
   const Planes planes(p.shape);
-  const bool stream = p.shape.numel() * (int64_t)sizeof(T) >= stream_bytes;
+  const bool stream = is_large(p.shape, sizeof(T));
   const int64_t gate_row = ceil_div(p.shape.s, 8);
   Buffer<Channel<C>> channels(p.shape.c);
   auto* x = (const T*)f.x;
@@ -391,16 +392,12 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
         f.sum_dz_xhat[c] = channels[c].xhat_sum(s, f.statistics, c);
         channels[c].backward(f.statistics, c, s.dz / count, f.sum_dz_xhat[c] / count);
       },
-      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t c2) {
+      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead) {
         plane_pieces<T>(
-            planes, c0, c1, c2, k, stream, {(T*)f.dx, (T*)f.dz},
+            planes, c0, c1, k, stream, {(T*)f.dx, (T*)f.dz},
             [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out) {
               loops.planes(dy + o, x + o, moved(residual, o), gate(r, c0, begin), out.first,
-                           out.second, len, gate_row, c1 - c0, &channels[c0]);
-            },
-            [&](int64_t o, int64_t count) {
-              fetch(x + o, count * sizeof(T));
-              fetch(dy + o, count * sizeof(T));
+                           out.second, len, gate_row, c1 - c0, &channels[c0], ahead);
             });
       });
 }
@@ -666,10 +663,10 @@ inline Moments pool_columns(const Columns& k, int64_t j, int64_t j1, const doubl
 }
 
 // Calls run(offset, row, len, out) for the rows of a chunk, and streams what it writes when asked.
-// Rows that are whole are joined into longer pieces; fetch(offset, count) asks for the next.
-template <class T, class Run, class Fetch>
+// Rows that are whole are joined into longer pieces.
+template <class T, class Run>
 void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool stream,
-                   const Outputs<T>& outputs, Run run, Fetch fetch) {
+                   const Outputs<T>& outputs, Run run) {
   Stage<T> stage;
   const int64_t width = j1 - j0;
   const int64_t joined =
@@ -678,10 +675,8 @@ void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool
   auto piece = [&](int64_t row, int64_t rows, int64_t len) {
     const int64_t start = row * k.width + j0;
     const Outputs<T> to = outputs.at(start), out = stream ? stage.instead_of(to) : to;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (row + joined + r < end) fetch(start + (r + joined) * k.width, width);
+    for (int64_t r = 0; r < rows; ++r)
       run(start + r * k.width, row + r, len, out.at(r * width));
-    }
     if (stream) stage.flush(to, (rows - 1) * width + len);
   };
   for (int64_t row = begin; row < end; row += joined) piece(row, std::min(joined, end - row), width);
@@ -693,7 +688,8 @@ void forward_columns(const Problem& p, const Forward& f, const ForwardLoops<T>& 
                      bool normalize) {
   using C = typename Simd<T>::C;
   const Columns k(p.shape, loops.gate);
-  const bool stream = p.shape.numel() * (int64_t)sizeof(T) >= stream_bytes;
+  const bool stream = is_large(p.shape, sizeof(T));
+  const int64_t ahead = moments ? in_order_ahead(p.shape, sizeof(T)) : 0;
   auto* x = (const T*)f.x;
   auto* residual = (const T*)f.residual;
   ColumnCoefficients<C> coefficients(k);
@@ -724,11 +720,7 @@ void forward_columns(const Problem& p, const Forward& f, const ForwardLoops<T>& 
             [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
               loops.columns(x + o, moved(residual, o), out.first,
                             loops.gate ? f.gate + row * k.gate_row() + j0 / 8 : nullptr, len,
-                            coefficients.refer(j0));
-            },
-            [&](int64_t o, int64_t count) {
-              fetch(x + o, count * sizeof(T));
-              if (residual) fetch(residual + o, count * sizeof(T));
+                            coefficients.refer(j0), ahead);
             });
       });
 }
@@ -738,7 +730,8 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
                       const Means* means, bool sums) {
   using C = typename Simd<T>::C;
   const Columns k(p.shape, loops.gate);
-  const bool stream = p.shape.numel() * (int64_t)sizeof(T) >= stream_bytes;
+  const bool stream = is_large(p.shape, sizeof(T));
+  const int64_t ahead = sums ? in_order_ahead(p.shape, sizeof(T)) : 0;
   auto* x = (const T*)f.x;
   auto* dy = (const T*)f.dy;
   auto* residual = (const T*)f.residual;
@@ -787,10 +780,8 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
             k, j0, j1, i, stream, {(T*)f.dx, (T*)f.dz},
             [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
               loops.columns(dy + o, x + o, moved(residual, o), gate(row, j0), out.first, out.second,
-                            len, coefficients.refer(j0));
-            },
-            // Two inputs keep the memory busy by themselves.
-            [](int64_t, int64_t) {});
+                            len, coefficients.refer(j0), ahead);
+            });
       });
 }
 

@@ -118,15 +118,17 @@ struct Written { V first, second; uint32_t bits; };
 
 // Writes value(i, n) where first and second are not null (the branch is the same for every element).
 // By four vectors: the bits of each, stored one after another between the lines of the output, take
-// as long as the rest.
-template <class T, bool Gate, class Value>
+// as long as the rest. next(i, n) asks for what comes after elements [i, i + n): a few lines at a time,
+// as the processor waits where many are asked for at once.
+template <class T, bool Gate, class Value, class Next>
 [[gnu::always_inline]] inline void write_run(T* first, T* second, uint8_t* gate, int64_t len,
-                                             Value value) {
+                                             Value value, Next next) {
   using S = Simd<T>;
   constexpr int W = S::W;
   constexpr std::integral_constant<int, W> full;
   int64_t begin = 0;
   for (; begin + 4 * W <= len; begin += 4 * W) {
+    next(begin, 4 * W);
     const Written<typename S::V> v[] = {value(begin, full), value(begin + W, full),
                                         value(begin + 2 * W, full), value(begin + 3 * W, full)};
     if (second) store_four<S>(second + begin, v[0].second, v[1].second, v[2].second, v[3].second);
@@ -137,6 +139,7 @@ template <class T, bool Gate, class Value>
       std::memcpy(gate + begin / 8, &bits, W / 2);  // little-endian, as every target here
     }
   }
+  next(begin, len - begin);
   each_vector<W>(begin, len, [&](int64_t i, auto n) {
     const auto v = value(i, n);
     if (second) store<S>(second + i, v.second, n);
@@ -145,13 +148,19 @@ template <class T, bool Gate, class Value>
   });
 }
 
+// The inputs that lie `ahead` elements further on are asked for; 0: none.
 template <class T, Activation A, bool Residual, bool Gate, class Of>
-inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, const Of& of) {
+inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, const Of& of,
+                          int64_t ahead) {
   using S = Simd<T>;
   write_run<T, Gate>(y, (T*)nullptr, gate, len, [&](int64_t i, auto n) -> Written<typename S::V> {
     auto z = S::fma(load<S>(x + i, n) - of.m(i), of.a(i), of.b(i));
     if constexpr (Residual) z += load<S>(r + i, n);
     return {Act<S, A>::forward(z), z, S::bits(Act<S, A>::pass(z))};
+  }, [=](int64_t i, int64_t n) __attribute__((always_inline)) {
+    if (!ahead) return;
+    fetch(x + i + ahead, n * sizeof(T));
+    if constexpr (Residual) fetch(r + i + ahead, n * sizeof(T));
   });
 }
 
@@ -171,12 +180,16 @@ inline typename S::V gradient(typename S::V dy, typename S::V d, const T* r, con
 
 template <class T, Activation A, Preactivation P, class Of>
 inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz_out,
-                      int64_t len, const Of& of) {
+                      int64_t len, const Of& of, int64_t ahead) {
   using S = Simd<T>;
   write_run<T, false>(dx, dz_out, nullptr, len, [&](int64_t i, auto n) -> Written<typename S::V> {
     const auto d = load<S>(x + i, n) - of.m(i);
     const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
     return {of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), dz, 0};
+  }, [=](int64_t i, int64_t n) __attribute__((always_inline)) {
+    if (!ahead) return;
+    fetch(x + i + ahead, n * sizeof(T));
+    fetch(dy + i + ahead, n * sizeof(T));
   });
 }
 
@@ -316,23 +329,24 @@ struct ForwardLoops {
   using S = Simd<T>;
   using C = typename S::C;
   using Planes = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
-                      int64_t runs, const Channel<C>* channels);
-  using Columns = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Coefficients<C>);
+                      int64_t runs, const Channel<C>* channels, int64_t ahead);
+  using Columns = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Coefficients<C>,
+                       int64_t ahead);
   Planes* planes;
   Columns* columns;
   bool gate;
 
   template <Activation A, bool Residual, bool Gate>
   static void in_planes(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
-                        int64_t runs, const Channel<C>* channels) {
+                        int64_t runs, const Channel<C>* channels, int64_t ahead) {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
       normalize_run<T, A, Residual, Gate>(x + o, moved(r, o), y + o, moved(gate, c * gate_row), len,
-                                          OfChannel<S>(channels[c]));
+                                          OfChannel<S>(channels[c]), ahead);
   }
   template <Activation A, bool Residual, bool Gate>
   static void in_columns(const T* x, const T* r, T* y, uint8_t* gate, int64_t len,
-                         Coefficients<C> p) {
-    normalize_run<T, A, Residual, Gate>(x, r, y, gate, len, OfColumns<S>(p));
+                         Coefficients<C> p, int64_t ahead) {
+    normalize_run<T, A, Residual, Gate>(x, r, y, gate, len, OfColumns<S>(p), ahead);
   }
   template <Activation A, bool Residual, bool Gate>
   static ForwardLoops of() {
@@ -350,9 +364,10 @@ struct BackwardLoops {
   using ColumnSums = void(const T*, const T*, const T*, const uint8_t*, int64_t, int64_t, int64_t,
                           int64_t, Coefficients<C>, C*, C*);
   using Planes = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
-                      int64_t len, int64_t gate_row, int64_t runs, const Channel<C>*);
+                      int64_t len, int64_t gate_row, int64_t runs, const Channel<C>*,
+                      int64_t ahead);
   using Columns = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
-                       int64_t len, Coefficients<C>);
+                       int64_t len, Coefficients<C>, int64_t ahead);
   Sums* sums;
   ColumnSums* column_sums;
   Planes* planes;
@@ -371,15 +386,16 @@ struct BackwardLoops {
   }
   template <Activation A, Preactivation P>
   static void in_planes(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
-                        int64_t len, int64_t gate_row, int64_t runs, const Channel<C>* channels) {
+                        int64_t len, int64_t gate_row, int64_t runs, const Channel<C>* channels,
+                        int64_t ahead) {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
       apply_run<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row), moved(dx, o),
-                         moved(dz, o), len, OfChannel<S>(channels[c]));
+                         moved(dz, o), len, OfChannel<S>(channels[c]), ahead);
   }
   template <Activation A, Preactivation P>
   static void in_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
-                         int64_t len, Coefficients<C> p) {
-    apply_run<T, A, P>(dy, x, r, gate, dx, dz, len, OfColumns<S>(p));
+                         int64_t len, Coefficients<C> p, int64_t ahead) {
+    apply_run<T, A, P>(dy, x, r, gate, dx, dz, len, OfColumns<S>(p), ahead);
   }
   template <Activation A, Preactivation P>
   static BackwardLoops of() {
