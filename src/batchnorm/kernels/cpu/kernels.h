@@ -233,17 +233,17 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
   // Neighbouring channels together, so that what is read and written is long runs; all of a group's
   // inputs stay in cache until they are read again, and the next group's arrive meanwhile.
   const int64_t channel_bytes = s.count() * size * tensors;
-  int64_t group = std::min({cache_bytes() / 2 / std::max<int64_t>(channel_bytes, 1),
-                            stage_elements(size) / s.s, group_channels,
-                            ceil_div(s.c, 2 * p.pool.threads)});
-  const bool fits = group > 0;
-  group = std::max<int64_t>(group, 1);
+  const int64_t group = std::max<int64_t>(
+      1, std::min({cache_bytes() / 2 / std::max<int64_t>(channel_bytes, 1), stage_elements(size) / s.s,
+                   group_channels, ceil_div(s.c, 2 * p.pool.threads)}));
+  // What is asked for stays in L2 or in the cache behind it until its turn comes.
+  const bool stays = channel_bytes <= 4 * cache_bytes();
   parallel(p, ceil_div(s.c, group), [&](int64_t begin, int64_t end) {
     P total[group_channels], piece[group_channels];
     const int64_t last = std::min(end * group, s.c);
     for (int64_t c0 = begin * group; c0 < last; c0 += group) {
       const int64_t c1 = std::min(c0 + group, last);
-      const int64_t ahead = fits && c1 < last ? (c1 - c0) * s.s : in_order_ahead(s, size);
+      const int64_t ahead = stays && c1 < last ? (c1 - c0) * s.s : in_order_ahead(s, size);
       part(c0, c1, 0, total);
       for (int64_t i = 1; i < planes.count; ++i) {
         part(c0, c1, i, piece);
