@@ -31,7 +31,7 @@ constexpr int64_t serial_elements = 32768;  // below, waking threads costs more 
 constexpr int64_t tile_columns = 1024;      // of a row, so many at a time: coefficients stay in L1
 constexpr int64_t joined_columns = 512;     // short rows are taken together up to this width
 constexpr int64_t group_channels = 16;      // planes: neighbours that are visited together
-constexpr int64_t ahead_bytes = 4096;       // how far ahead a large tensor is asked for, where it is read in order
+constexpr int64_t ahead_bytes = 4096;       // how far ahead large inputs are asked for in order
 constexpr int64_t joined_rows = 8;          // planes: rows of a channel that are summed together,
 constexpr int64_t joined_elements = 1024;   // up to so many elements
 
@@ -48,7 +48,7 @@ inline int64_t cache_bytes() {
 }
 
 inline bool is_large(const Shape& s, int64_t size) { return s.numel() * size >= stream_bytes; }
-// In elements, where the inputs have left the cache since the sums were taken.
+// In elements: large inputs have left the cache since their sums were taken.
 inline int64_t in_order_ahead(const Shape& s, int64_t size) {
   return is_large(s, size) ? ahead_bytes / size : 0;
 }

@@ -367,8 +367,9 @@ inline void stream_out(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
-// Asks for what will be read next. Always inlined, as what calls it has to be: GCC takes a function
-// that does nothing else for one without effect, and drops its calls.
+// Asks for what will be read next; past the end of a tensor that is for nothing, but allowed. Always
+// inlined, as what calls it has to be: GCC takes a function that does nothing else for one without
+// effect, and drops its calls.
 [[gnu::always_inline]] inline void fetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
