@@ -37,7 +37,14 @@ class Distribution:
 
     def add(self, a: Tensor) -> Tensor:
         """Add the noise to activations of shape (N, C, *)."""
-        units = (1, a.shape[1], *(1,) * (a.dim() - 2))
+        # torch draws fast into contiguous memory only: channels_last is drawn as it lies there.
+        if a.dim() > 2 and a.movedim(1, -1).is_contiguous():
+            return self._add(a.movedim(1, -1), -1).movedim(-1, 1)
+        return self._add(a, 1)
+
+    def _add(self, a: Tensor, units_dim: int) -> Tensor:
+        units = [1] * a.dim()
+        units[units_dim] = a.shape[units_dim]
         mean = a.new_empty(units).uniform_(-self.n_mu, self.n_mu)
         scale = a.new_empty(units).uniform_(1, self.n_sigma)
         shift = mean + torch.empty_like(a).uniform_(-self.r_mu, self.r_mu)

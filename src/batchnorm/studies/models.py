@@ -264,7 +264,8 @@ def _built_in(settings: CellSettings, task: Task) -> Arm:
     torch.manual_seed(settings.seed)
     _initialize(model, settings.init_scale, settings.init_std)
     add_layers(model, settings)
-    return Arm(model, [])
+    # Convolutions with few channels take two thirds of the time on a CPU in this layout.
+    return Arm(model.to(memory_format=torch.channels_last), [])
 
 
 def _has_batch_norm(model: nn.Module) -> bool:
