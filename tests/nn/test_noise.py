@@ -8,14 +8,21 @@ from batchnorm import BatchNorm1d, BatchNorm2d
 from batchnorm.nn.noise import Distribution, Noise, Noisy
 
 
-def test_every_unit_has_its_own_mean_and_scale_at_every_step() -> None:
+@pytest.mark.parametrize("layout", ["rows", "contiguous", "channels_last"])
+def test_every_unit_has_its_own_mean_and_scale_at_every_step(layout: str) -> None:
     torch.manual_seed(0)
     distribution = Distribution(n_mu=0.5, n_sigma=1.25, r_mu=0.1, r_sigma=0.1)
-    values = torch.randn(20_000, 50)
-    first, second = distribution.add(values), distribution.add(values)
+    a = torch.randn(20_000, 50)
+    if layout != "rows":
+        a = a.reshape(50, 20, 20, 50).movedim(-1, 1)  # channels last
+    if layout == "contiguous":
+        a = a.contiguous()
+    first, second = distribution.add(a), distribution.add(a)
+    assert first.stride() == a.stride()
+    values = a.movedim(1, -1).reshape(-1, 50)
     # Least squares of each unit on its own values gives back its scale and its mean.
     fits = []
-    for noisy in (first, second):
+    for noisy in (result.movedim(1, -1).reshape(-1, 50) for result in (first, second)):
         slope = (values * noisy).mean(0) / values.square().mean(0)
         mean = noisy.mean(0) - slope * values.mean(0)
         rest = noisy - slope * values - mean

@@ -54,6 +54,20 @@ def test_resnet_has_twenty_layers_and_its_shortcuts() -> None:
     assert len(found) == 20 + 2
 
 
+@pytest.mark.parametrize("norm", ["none", "batch", "noisy", "noise", "l1", "weight"])
+@pytest.mark.parametrize("name", ["cnn", "vgg", "resnet"])
+def test_activations_lie_channels_last(name: str, norm: str) -> None:
+    task = image_task(32)
+    model = build_arm(settings(model=name, norm=norm, width=8), task).model
+    seen = []
+    for layer in find_layers(model, task.train.x)[:-1]:
+        convolution = model.get_submodule(layer.name)
+        convolution.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    model(task.train.x)
+    assert len(seen) > 3
+    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in seen)
+
+
 def test_the_default_mlp_is_the_papers() -> None:
     model = build_arm(settings(norm="none"), load_task("digits")).model
     widths = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
