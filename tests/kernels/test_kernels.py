@@ -108,6 +108,56 @@ def test_bitwise_the_same_for_any_number_of_threads(name: str, residual: bool) -
             assert torch.equal(value, other[name]), name
 
 
+# Outputs of more than 4 MB in 16 bits: rows on lines of the cache and off them, long and short.
+STREAMED = {
+    "rows on lines": ((72, 32, 32, 32), contiguous),
+    "long rows": ((28, 64, 36, 38), contiguous),
+    "long odd rows": ((32, 64, 37, 31), contiguous),
+    "short rows": ((32, 360, 14, 14), contiguous),
+    "joined rows": ((48, 1000, 7, 7), contiguous),
+    "long planes": ((1, 5, 500_003), contiguous),
+    "narrow columns": ((16, 24, 80, 80), channels_last),
+    "columns": ((16, 520, 17, 17), channels_last),
+    "columns on lines": ((40, 1024, 8, 8), channels_last),
+    "odd columns": ((5000, 601), contiguous),
+}
+
+
+@of_the_cpu
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed_outputs_are_those_of_parts_too_small_for_it(
+    name: str, dtype: torch.dtype, residual: bool
+) -> None:
+    shape, layout = STREAMED[name]
+    case = draw(shape, 1.0, offset_of_dy=0.5)
+    case.x, case.dy = layout(case.x.to(dtype)), layout(case.dy.to(dtype))
+    case.activation = RELU
+    case.residual = layout(torch.randn(shape).to(dtype)) if residual else None
+    assert case.x.nbytes > 4 << 20
+    got = case.run()
+    assert torch.equal(got["y"], got["normalize"])
+    assert torch.equal(got["dx"], got["apply"])
+    if residual:
+        assert torch.equal(got["dz"], case.dy * (got["y"] > 0))
+        assert torch.equal(got["dz"], got["sums.dz"])
+    count = case.x.numel() // shape[1]
+    means = got["sum_dz"] / count, got["sum_dz_xhat"] / count
+    for c0 in range(0, shape[1], part := -(-shape[1] // 12)):
+        cut = slice(c0, c0 + part)
+        x = layout(case.x[:, cut])
+        assert x.nbytes < 4 << 20
+        given = [t[cut] for t in (got["mean"], got["var"], case.weight, case.bias)]
+        z = layout(case.residual[:, cut]) if residual else None
+        y = ops.normalize(x, *given, z, case.eps, RELU)
+        assert torch.equal(got["y"][:, cut], y)
+        dz = layout((got["dz"] if residual else case.dy)[:, cut])
+        sums = [mean[cut] for mean in means]
+        dx = ops.backward_apply(dz, x, *given, *sums, case.eps, 0 if residual else RELU)
+        assert torch.equal(got["dx"][:, cut], dx)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
 def test_extreme_magnitudes(scale: float, layout: str) -> None:
@@ -237,7 +287,7 @@ def test_lesser_instruction_sets(isa: str) -> None:
     """The fuzz test and the exactness table again, in a process held to another set."""
     here = os.path.dirname(__file__)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x"]
-    command += [here, "-k", "fuzz or exact or extreme or instruction_set_is"]
+    command += [here, "-k", "fuzz or exact or extreme or streamed or instruction_set_is"]
     done = subprocess.run(
         command,
         env={**os.environ, "BATCHNORM_CPU_ISA": isa},

@@ -25,15 +25,19 @@ namespace batchnorm::BATCHNORM_ISA {
 constexpr int64_t block_elements = 8192;    // summed in float lanes before going to float64
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
-constexpr int64_t stage_bytes = 8192;       // a finished piece, in L1 until streamed
-constexpr int64_t stream_bytes = 12 << 20;  // larger outputs, with their inputs, outgrow a cache of 32 MB
+constexpr int64_t stream_bytes = 4 << 20;   // larger outputs go past the caches,
+constexpr int64_t line_bytes = 64;          // in whole lines:
+constexpr int64_t stage_bytes = 8192;       // a piece of short rows is finished in L1 before
+constexpr int64_t long_row_bytes = 1024;    // and of longer rows few lines are shared by two
 constexpr int64_t serial_elements = 32768;  // below, waking threads costs more than the work
 constexpr int64_t tile_columns = 1024;      // of a row, so many at a time: coefficients stay in L1
 constexpr int64_t joined_columns = 512;     // short rows are taken together up to this width
-constexpr int64_t group_channels = 16;      // planes: neighbours that are visited together
+constexpr int64_t group_channels = 32;      // planes: neighbours that are visited together
 constexpr int64_t ahead_bytes = 4096;       // how far ahead large inputs are asked for in order
 constexpr int64_t joined_rows = 8;          // planes: rows of a channel that are summed together,
 constexpr int64_t joined_elements = 1024;   // up to so many elements
+constexpr int64_t joined_run = 64;          // planes: shorter rows are written together, as columns are,
+constexpr int64_t joined_visits = 16;       // if there are so many to pay for their coefficients
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -120,6 +124,17 @@ struct Outputs {
     return {first ? first + offset : nullptr, second ? second + offset : nullptr};
   }
 };
+
+// Whether rows, so many bytes apart, are streamed as they are written; if not, by way of a stage.
+// A gate's bytes have to begin where lines do.
+template <class T>
+bool in_lines(const Outputs<T>& to, int64_t stride_bytes, int64_t row_bytes, bool gate) {
+  const uintptr_t first = (uintptr_t)to.first, second = (uintptr_t)to.second;
+  if (first && second && (first - second) % line_bytes) return false;
+  const uintptr_t starts = (first ? first : second) | (uintptr_t)stride_bytes;
+  return starts % line_bytes == 0 ||
+         (row_bytes >= long_row_bytes && (!gate || starts % (8 * sizeof(T)) == 0));
+}
 
 // Where a piece is finished before it is streamed to its place.
 constexpr int64_t stage_elements(int64_t size) { return stage_bytes / size; }
@@ -233,9 +248,12 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
   // Neighbouring channels together, so that what is read and written is long runs; all of a group's
   // inputs stay in cache until they are read again, and the next group's arrive meanwhile.
   const int64_t channel_bytes = s.count() * size * tensors;
-  const int64_t group = std::max<int64_t>(
+  int64_t group = std::max<int64_t>(
       1, std::min({cache_bytes() / 2 / std::max<int64_t>(channel_bytes, 1), stage_elements(size) / s.s,
                    group_channels, ceil_div(s.c, 2 * p.pool.threads)}));
+  // Its rows start on lines, if they can.
+  const int64_t unit = line_bytes / std::gcd(line_bytes, s.s * size);
+  if (group > unit) group = group / unit * unit;
   // What is asked for stays in L2 or in the cache behind it until its turn comes.
   const bool stays = channel_bytes <= 4 * cache_bytes();
   parallel(p, ceil_div(s.c, group), [&](int64_t begin, int64_t end) {
@@ -294,25 +312,50 @@ void plane_moments(const T* x, const Planes& planes, int64_t c0, int64_t c1, int
   }
 }
 
-// Calls run(offset, row, begin, len, out) for the pieces of a chunk of channels [c0, c1), and
+// Calls run(offset, row, begin, len, out, past) for the pieces of a chunk of channels [c0, c1), and
 // streams what it writes when asked.
 template <class T, class Run>
 void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk& k, bool stream,
-                  const Outputs<T>& outputs, Run run) {
+                  bool gate, const Outputs<T>& outputs, Run run) {
   Stage<T> stage;
-  const int64_t capacity = stage_elements(sizeof(T));
+  const int64_t size = sizeof(T), capacity = stage_elements(size);
+  const bool past = stream && in_lines(outputs.at(planes.offset(k.row, c0) + k.begin),
+                                       planes.shape.s * size, k.len * size, gate);
+  const bool staged = stream && !past;
   for (int64_t r = k.row; r < k.row + k.rows; ++r) {
     // Whole rows of several channels are one run of memory, which fits the stage.
     const int64_t start = planes.offset(r, c0) + k.begin;
-    const int64_t step = c1 - c0 > 1 ? k.len : capacity;
+    const int64_t step = c1 - c0 == 1 && staged ? capacity : k.len;
     for (int64_t i = 0; i < k.len; i += step) {
       const int64_t len = std::min(step, k.len - i);
-      const Outputs<T> to = outputs.at(start + i), out = stream ? stage.instead_of(to) : to;
-      run(start + i, r, k.begin + i, len, out);
-      if (stream) stage.flush(to, len * (c1 - c0));
+      const Outputs<T> to = outputs.at(start + i), out = staged ? stage.instead_of(to) : to;
+      run(start + i, r, k.begin + i, len, out, past);
+      if (staged) stage.flush(to, len * (c1 - c0));
     }
   }
 }
+
+// Rows of a few elements leave vectors half empty: those of neighbouring channels, one run of memory,
+// are written as one, with a coefficient for each element.
+template <class T>
+struct JoinedRows {
+  using C = typename Simd<T>::C;
+  // In 16 bits arithmetic takes the time, and of longer rows the coefficients cost more than the ends.
+  static bool suits(const Shape& s, const PlaneChunk& k, int64_t channels, bool gate) {
+    const int64_t row_bytes = s.s * sizeof(T);
+    const bool few = s.s < joined_run || (sizeof(T) >= 4 && row_bytes < long_row_bytes &&
+                                          row_bytes % line_bytes);
+    return few && !gate && channels > 1 && k.rows >= joined_visits;
+  }
+  JoinedRows(const Channel<C>* v, int64_t channels, int64_t s) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const C values[] = {v[c].m, v[c].a, v[c].b, v[c].k, v[c].c};
+      for (int u = 0; u < 5; ++u) std::fill(data[u] + c * s, data[u] + (c + 1) * s, values[u]);
+    }
+  }
+  Coefficients<C> coefficients() const { return {data[0], data[1], data[2], data[3], data[4]}; }
+  alignas(64) C data[5][stage_elements(sizeof(T)) + 16];  // the last vector is read whole
+};
 
 template <class T>
 void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& loops, bool moments,
@@ -337,13 +380,22 @@ void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& l
         if (normalize) channels[c].forward(f.statistics, f.affine, c);
       },
       [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead) {
+        if (moments && JoinedRows<T>::suits(p.shape, k, c1 - c0, loops.gate)) {
+          const JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
+          for (int64_t r = k.row; r < k.row + k.rows; ++r) {
+            const int64_t o = planes.offset(r, c0);
+            loops.columns(x + o, moved(residual, o), (T*)f.y + o, nullptr, (c1 - c0) * p.shape.s,
+                          joined.coefficients(), ahead, stream);
+          }
+          return;
+        }
         plane_pieces<T>(
-            planes, c0, c1, k, stream, {(T*)f.y, nullptr},
-            [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out) {
+            planes, c0, c1, k, stream, loops.gate, {(T*)f.y, nullptr},
+            [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out, bool past) {
               uint8_t* gate =
                   loops.gate ? f.gate + (r * p.shape.c + c0) * gate_row + begin / 8 : nullptr;
               loops.planes(x + o, moved(residual, o), out.first, gate, len, gate_row, c1 - c0,
-                           &channels[c0], ahead);
+                           &channels[c0], ahead, past);
             });
       });
 }
@@ -393,11 +445,21 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
         channels[c].backward(f.statistics, c, s.dz / count, f.sum_dz_xhat[c] / count);
       },
       [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead) {
+        if (sums && JoinedRows<T>::suits(p.shape, k, c1 - c0, loops.gate)) {
+          const JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
+          for (int64_t r = k.row; r < k.row + k.rows; ++r) {
+            const int64_t o = planes.offset(r, c0);
+            loops.columns(dy + o, x + o, moved(residual, o), nullptr, moved((T*)f.dx, o),
+                          moved((T*)f.dz, o), (c1 - c0) * p.shape.s, joined.coefficients(), ahead,
+                          stream);
+          }
+          return;
+        }
         plane_pieces<T>(
-            planes, c0, c1, k, stream, {(T*)f.dx, (T*)f.dz},
-            [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out) {
+            planes, c0, c1, k, stream, loops.gate, {(T*)f.dx, (T*)f.dz},
+            [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out, bool past) {
               loops.planes(dy + o, x + o, moved(residual, o), gate(r, c0, begin), out.first,
-                           out.second, len, gate_row, c1 - c0, &channels[c0], ahead);
+                           out.second, len, gate_row, c1 - c0, &channels[c0], ahead, past);
             });
       });
 }
@@ -662,22 +724,24 @@ inline Moments pool_columns(const Columns& k, int64_t j, int64_t j1, const doubl
   return {count, centre + shift, within + between};
 }
 
-// Calls run(offset, row, len, out) for the rows of a chunk, and streams what it writes when asked.
-// Rows that are whole are joined into longer pieces.
+// Calls run(offset, row, len, out, past) for the rows of a chunk, and streams what it writes when
+// asked. Rows that are whole are joined into longer pieces.
 template <class T, class Run>
-void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool stream,
+void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool stream, bool gate,
                    const Outputs<T>& outputs, Run run) {
   Stage<T> stage;
   const int64_t width = j1 - j0;
   const int64_t joined =
       width == k.width ? std::max<int64_t>(1, stage_elements(sizeof(T)) / width) : 1;
-  const int64_t begin = k.begin(chunk), end = begin + k.count(chunk);
+  const int64_t begin = k.begin(chunk), end = begin + k.count(chunk), size = sizeof(T);
+  const bool past = stream && in_lines(outputs.at(j0), k.width * size, width * size, gate);
+  const bool staged = stream && !past;
   auto piece = [&](int64_t row, int64_t rows, int64_t len) {
     const int64_t start = row * k.width + j0;
-    const Outputs<T> to = outputs.at(start), out = stream ? stage.instead_of(to) : to;
+    const Outputs<T> to = outputs.at(start), out = staged ? stage.instead_of(to) : to;
     for (int64_t r = 0; r < rows; ++r)
-      run(start + r * k.width, row + r, len, out.at(r * width));
-    if (stream) stage.flush(to, (rows - 1) * width + len);
+      run(start + r * k.width, row + r, len, out.at(r * width), past);
+    if (staged) stage.flush(to, (rows - 1) * width + len);
   };
   for (int64_t row = begin; row < end; row += joined) piece(row, std::min(joined, end - row), width);
   if (const int64_t some = k.left(chunk, j0, j1)) piece(k.rows, 1, some);
@@ -716,11 +780,11 @@ void forward_columns(const Problem& p, const Forward& f, const ForwardLoops<T>& 
       },
       [&](int64_t j0, int64_t j1, int64_t i) {
         column_pieces<T>(
-            k, j0, j1, i, stream, {(T*)f.y, nullptr},
-            [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
+            k, j0, j1, i, stream, loops.gate, {(T*)f.y, nullptr},
+            [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out, bool past) {
               loops.columns(x + o, moved(residual, o), out.first,
                             loops.gate ? f.gate + row * k.gate_row() + j0 / 8 : nullptr, len,
-                            coefficients.refer(j0), ahead);
+                            coefficients.refer(j0), ahead, past);
             });
       });
 }
@@ -777,10 +841,10 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
       },
       [&](int64_t j0, int64_t j1, int64_t i) {
         column_pieces<T>(
-            k, j0, j1, i, stream, {(T*)f.dx, (T*)f.dz},
-            [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out) {
+            k, j0, j1, i, stream, loops.gate, {(T*)f.dx, (T*)f.dz},
+            [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out, bool past) {
               loops.columns(dy + o, x + o, moved(residual, o), gate(row, j0), out.first, out.second,
-                            len, coefficients.refer(j0), ahead);
+                            len, coefficients.refer(j0), ahead, past);
             });
       });
 }

@@ -103,36 +103,54 @@ inline void store(T* p, typename S::V v, N n) {
   else S::store(p, v);
 }
 
-template <class S, class T, class V>
+template <class S, bool Past, class T, class V>
 inline void store_four(T* p, V a, V b, V c, V d) {
-  if constexpr (requires { &S::store_four; }) return S::store_four(p, a, b, c, d);
-  S::store(p, a);
-  S::store(p + S::W, b);
-  S::store(p + 2 * S::W, c);
-  S::store(p + 3 * S::W, d);
+  if constexpr (requires { &S::template store_four<Past>; })
+    return S::template store_four<Past>(p, a, b, c, d);
+  S::template store<Past>(p, a);
+  S::template store<Past>(p + S::W, b);
+  S::template store<Past>(p + 2 * S::W, c);
+  S::template store<Past>(p + 3 * S::W, d);
 }
 
 // What is written at an element: y, or dx and dz, and the bits of the gate.
 template <class V>
 struct Written { V first, second; uint32_t bits; };
 
-// Writes value(i, n) where first and second are not null (the branch is the same for every element).
+// Writes value(i, n) where first and second are not null (the branch is the same for every element),
+// past the caches if asked to; a line that two runs share is written in the ordinary way by both.
 // By four vectors: the bits of each, stored one after another between the lines of the output, take
 // as long as the rest. next(i, n) asks for what comes after elements [i, i + n): a few lines at a time,
 // as the processor waits where many are asked for at once.
 template <class T, bool Gate, class Value, class Next>
-[[gnu::always_inline]] inline void write_run(T* first, T* second, uint8_t* gate, int64_t len,
+[[gnu::always_inline]] inline void write_run(T* first, T* second, uint8_t* gate, int64_t len, bool past,
                                              Value value, Next next) {
   using S = Simd<T>;
-  constexpr int W = S::W;
+  constexpr int W = S::W, line = 64 / sizeof(T);
   constexpr std::integral_constant<int, W> full;
+  auto ordinary = [&](int64_t i, auto n) __attribute__((always_inline)) {
+    const auto v = value(i, n);
+    if (second) store<S>(second + i, v.second, n);
+    if (first) store<S>(first + i, v.first, n);
+    if constexpr (Gate) store_bits(gate, i, v.bits & ((1u << n) - 1), n);
+  };
   int64_t begin = 0;
+  if (past) {
+    begin = std::min<int64_t>(len, (-(uintptr_t)(first ? first : second) & 63) / sizeof(T));
+    each_vector<W>(0, begin, ordinary);
+  }
   for (; begin + 4 * W <= len; begin += 4 * W) {
     next(begin, 4 * W);
     const Written<typename S::V> v[] = {value(begin, full), value(begin + W, full),
                                         value(begin + 2 * W, full), value(begin + 3 * W, full)};
-    if (second) store_four<S>(second + begin, v[0].second, v[1].second, v[2].second, v[3].second);
-    if (first) store_four<S>(first + begin, v[0].first, v[1].first, v[2].first, v[3].first);
+    auto write = [&](auto p) __attribute__((always_inline)) {
+      constexpr bool Past = decltype(p)::value;
+      if (second)
+        store_four<S, Past>(second + begin, v[0].second, v[1].second, v[2].second, v[3].second);
+      if (first) store_four<S, Past>(first + begin, v[0].first, v[1].first, v[2].first, v[3].first);
+    };
+    if (past) write(std::true_type{});
+    else write(std::false_type{});
     if constexpr (Gate) {
       uint64_t bits = 0;
       for (int u = 0; u < 4; ++u) bits |= (uint64_t)v[u].bits << (u * W);
@@ -140,20 +158,23 @@ template <class T, bool Gate, class Value, class Next>
     }
   }
   next(begin, len - begin);
-  each_vector<W>(begin, len, [&](int64_t i, auto n) {
-    const auto v = value(i, n);
-    if (second) store<S>(second + i, v.second, n);
-    if (first) store<S>(first + i, v.first, n);
-    if constexpr (Gate) store_bits(gate, i, v.bits & ((1u << n) - 1), n);
-  });
+  if (past)
+    for (; begin + line <= len; begin += line)
+      for (int64_t i = begin; i < begin + line; i += W) {
+        const auto v = value(i, full);
+        if (second) S::template store<true>(second + i, v.second);
+        if (first) S::template store<true>(first + i, v.first);
+        if constexpr (Gate) store_bits(gate, i, v.bits, W);
+      }
+  each_vector<W>(begin, len, ordinary);
 }
 
 // The inputs that lie `ahead` elements further on are asked for; 0: none.
 template <class T, Activation A, bool Residual, bool Gate, class Of>
 inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, const Of& of,
-                          int64_t ahead) {
+                          int64_t ahead, bool past) {
   using S = Simd<T>;
-  write_run<T, Gate>(y, (T*)nullptr, gate, len, [&](int64_t i, auto n) -> Written<typename S::V> {
+  write_run<T, Gate>(y, (T*)nullptr, gate, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
     auto z = S::fma(load<S>(x + i, n) - of.m(i), of.a(i), of.b(i));
     if constexpr (Residual) z += load<S>(r + i, n);
     return {Act<S, A>::forward(z), z, S::bits(Act<S, A>::pass(z))};
@@ -180,9 +201,9 @@ inline typename S::V gradient(typename S::V dy, typename S::V d, const T* r, con
 
 template <class T, Activation A, Preactivation P, class Of>
 inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz_out,
-                      int64_t len, const Of& of, int64_t ahead) {
+                      int64_t len, const Of& of, int64_t ahead, bool past) {
   using S = Simd<T>;
-  write_run<T, false>(dx, dz_out, nullptr, len, [&](int64_t i, auto n) -> Written<typename S::V> {
+  write_run<T, false>(dx, dz_out, nullptr, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
     const auto d = load<S>(x + i, n) - of.m(i);
     const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
     return {of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), dz, 0};
@@ -329,24 +350,24 @@ struct ForwardLoops {
   using S = Simd<T>;
   using C = typename S::C;
   using Planes = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
-                      int64_t runs, const Channel<C>* channels, int64_t ahead);
+                      int64_t runs, const Channel<C>* channels, int64_t ahead, bool past);
   using Columns = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Coefficients<C>,
-                       int64_t ahead);
+                       int64_t ahead, bool past);
   Planes* planes;
   Columns* columns;
   bool gate;
 
   template <Activation A, bool Residual, bool Gate>
   static void in_planes(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
-                        int64_t runs, const Channel<C>* channels, int64_t ahead) {
+                        int64_t runs, const Channel<C>* channels, int64_t ahead, bool past) {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
       normalize_run<T, A, Residual, Gate>(x + o, moved(r, o), y + o, moved(gate, c * gate_row), len,
-                                          OfChannel<S>(channels[c]), ahead);
+                                          OfChannel<S>(channels[c]), ahead, past);
   }
   template <Activation A, bool Residual, bool Gate>
   static void in_columns(const T* x, const T* r, T* y, uint8_t* gate, int64_t len,
-                         Coefficients<C> p, int64_t ahead) {
-    normalize_run<T, A, Residual, Gate>(x, r, y, gate, len, OfColumns<S>(p), ahead);
+                         Coefficients<C> p, int64_t ahead, bool past) {
+    normalize_run<T, A, Residual, Gate>(x, r, y, gate, len, OfColumns<S>(p), ahead, past);
   }
   template <Activation A, bool Residual, bool Gate>
   static ForwardLoops of() {
@@ -365,9 +386,9 @@ struct BackwardLoops {
                           int64_t, Coefficients<C>, C*, C*);
   using Planes = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
                       int64_t len, int64_t gate_row, int64_t runs, const Channel<C>*,
-                      int64_t ahead);
+                      int64_t ahead, bool past);
   using Columns = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
-                       int64_t len, Coefficients<C>, int64_t ahead);
+                       int64_t len, Coefficients<C>, int64_t ahead, bool past);
   Sums* sums;
   ColumnSums* column_sums;
   Planes* planes;
@@ -387,15 +408,15 @@ struct BackwardLoops {
   template <Activation A, Preactivation P>
   static void in_planes(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
                         int64_t len, int64_t gate_row, int64_t runs, const Channel<C>* channels,
-                        int64_t ahead) {
+                        int64_t ahead, bool past) {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
       apply_run<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row), moved(dx, o),
-                         moved(dz, o), len, OfChannel<S>(channels[c]), ahead);
+                         moved(dz, o), len, OfChannel<S>(channels[c]), ahead, past);
   }
   template <Activation A, Preactivation P>
   static void in_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
-                         int64_t len, Coefficients<C> p, int64_t ahead) {
-    apply_run<T, A, P>(dy, x, r, gate, dx, dz, len, OfColumns<S>(p), ahead);
+                         int64_t len, Coefficients<C> p, int64_t ahead, bool past) {
+    apply_run<T, A, P>(dy, x, r, gate, dx, dz, len, OfColumns<S>(p), ahead, past);
   }
   template <Activation A, Preactivation P>
   static BackwardLoops of() {

@@ -2,6 +2,7 @@
 // Written in the compiler's vector extension, which every target lowers (SSE2, NEON, ...);
 // intrinsics only where the extension has no word for it. Included once per instruction set, inside
 // the namespace BATCHNORM_ISA, so that no inline function is shared between sets.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -41,6 +42,48 @@ inline double lane_sum(const V& v, int lanes) {
   double sum = 0;
   for (int i = 0; i < lanes; ++i) sum += lane[i];
   return sum;
+}
+
+#if defined(__x86_64__)
+// Stores past the caches; p lies on a boundary of the vector's size.
+template <class V>
+inline void stream(void* p, const V& v) {
+#if defined(__AVX512F__)
+  constexpr size_t widest = 64;
+#elif defined(__AVX2__)
+  constexpr size_t widest = 32;
+#else
+  constexpr size_t widest = 16;
+#endif
+  constexpr size_t size = sizeof v < widest ? sizeof v : widest;
+  for (size_t i = 0; i < sizeof v; i += size) {
+    char* to = (char*)p + i;
+    const char* from = (const char*)&v + i;
+#if defined(__AVX512F__)
+    if constexpr (size == 64) {
+      _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+      continue;
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (size == 32) {
+      _mm256_stream_si256((__m256i*)to, _mm256_loadu_si256((const __m256i*)from));
+      continue;
+    }
+#endif
+    if constexpr (size == 16) _mm_stream_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)from));
+  }
+}
+#endif
+
+// Stores a vector. Past: past the caches, on lines only, since an ordinary store first reads the line
+// that it overwrites, one more pass over the output.
+template <bool Past, class V>
+inline void put(void* p, V v) {
+#if defined(__x86_64__)
+  if constexpr (Past) return stream(p, v);
+#endif
+  std::memcpy(p, &v, sizeof v);
 }
 
 // A mask M has a bit, or a lane of zeros or ones, per lane. above(a, b) is not a <= b, and below(a, b)
@@ -188,7 +231,8 @@ inline void store_shorts(void* to, __m128i v, int n) {
 template <>
 struct Simd<float> : OfFloat {
   static V load(const float* p) { return load_c(p); }
-  static void store(float* p, V v) { store_c(p, v); }
+  template <bool Past = false>
+  static void store(float* p, V v) { put<Past>(p, v); }
 #if defined(__AVX512F__)
   static V load_n(const float* p, int n, float fill) {
     return (V)_mm512_mask_loadu_ps((__m512)set(fill), (__mmask16)((1u << n) - 1), p);
@@ -211,7 +255,8 @@ struct Simd<float> : OfFloat {
 template <>
 struct Simd<double> : OfDouble {
   static V load(const double* p) { return load_c(p); }
-  static void store(double* p, V v) { store_c(p, v); }
+  template <bool Past = false>
+  static void store(double* p, V v) { put<Past>(p, v); }
   static V load_n(const double* p, int n, double fill) { return load_some<Simd>(p, n, fill); }
   static void store_n(double* p, V v, int n) { store_some<Simd>(p, v, n); }
 };
@@ -237,12 +282,11 @@ struct Simd<bf16> : OfFloat {
 #if defined(__AVX512BF16__)
   // As below, but that results under 1.2e-38, which have lost bits anyway, are 0.
   static vu16 narrow(V v) { return (vu16)_mm512_cvtneps_pbh((__m512)v); }
+  template <bool Past>
   static void store_four(bf16* p, V a, V b, V c, V d) {
     // Two vectors in four operations, where one takes three.
-    const auto low = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    const auto high = _mm512_cvtne2ps_pbh((__m512)d, (__m512)c);
-    std::memcpy(p, &low, sizeof low);
-    std::memcpy(p + 2 * W, &high, sizeof high);
+    put<Past>(p, _mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    put<Past>(p + 2 * W, _mm512_cvtne2ps_pbh((__m512)d, (__m512)c));
   }
 #else
   // The bits of v, rounded to nearest even, in the low half of each lane. A NaN is left as it is, as
@@ -259,10 +303,11 @@ struct Simd<bf16> : OfFloat {
   }
 #if defined(__AVX512F__)
   static vu16 narrow(V v) { return (vu16)_mm512_maskz_cvtepi32_epi16(all_lanes, (__m512i)round(v)); }
+  template <bool Past>
   static void store_two(bf16* p, V a, V b) {
     const __m512i packed = _mm512_packus_epi32((__m512i)round(a), (__m512i)round(b));
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi64(0xff, order, packed));
+    put<Past>(p, _mm512_maskz_permutexvar_epi64(0xff, order, packed));
   }
 #elif defined(__AVX2__)
   static vu16 narrow(V v) {
@@ -270,21 +315,25 @@ struct Simd<bf16> : OfFloat {
     const __m256i packed = _mm256_packus_epi32(r, r);
     return (vu16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
   }
+  template <bool Past>
   static void store_two(bf16* p, V a, V b) {
     const __m256i packed = _mm256_packus_epi32((__m256i)round(a), (__m256i)round(b));
-    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+    put<Past>(p, _mm256_permute4x64_epi64(packed, 0xd8));
   }
 #else
   static vu16 narrow(V v) { return __builtin_convertvector(round(v), vu16); }
-  static void store_two(bf16* p, V a, V b) { store(p, a); store(p + W, b); }
+  template <bool Past>
+  static void store_two(bf16* p, V a, V b) { store<Past>(p, a); store<Past>(p + W, b); }
 #endif
+  template <bool Past>
   static void store_four(bf16* p, V a, V b, V c, V d) {
-    store_two(p, a, b);
-    store_two(p + 2 * W, c, d);
+    store_two<Past>(p, a, b);
+    store_two<Past>(p + 2 * W, c, d);
   }
 #endif
   static V load(const bf16* p) { vu16 h; std::memcpy(&h, p, sizeof h); return widen(h); }
-  static void store(bf16* p, V v) { const vu16 h = narrow(v); std::memcpy(p, &h, sizeof h); }
+  template <bool Past = false>
+  static void store(bf16* p, V v) { put<Past>(p, narrow(v)); }
 #if defined(__AVX512F__)
   static V load_n(const bf16* p, int n, float fill) {
     const __mmask16 m = (1u << n) - 1;
@@ -309,13 +358,15 @@ template <>
 struct Simd<f16> : OfFloat {
 #if defined(__AVX512F__)
   static V load(const f16* p) { return (V)_mm512_maskz_cvtph_ps(all_lanes, _mm256_loadu_si256((const __m256i*)p)); }
+  template <bool Past = false>
   static void store(f16* p, V v) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(all_lanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    put<Past>(p, _mm512_maskz_cvtps_ph(all_lanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(__F16C__)
   static V load(const f16* p) { return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  template <bool Past = false>
   static void store(f16* p, V v) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+    put<Past>(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #else
   static V load(const f16* p) {
@@ -323,8 +374,11 @@ struct Simd<f16> : OfFloat {
     for (int i = 0; i < W; ++i) { _Float16 h; std::memcpy(&h, p + i, 2); v[i] = (float)h; }
     return v;
   }
+  template <bool Past = false>
   static void store(f16* p, V v) {
-    for (int i = 0; i < W; ++i) { const _Float16 h = (_Float16)v[i]; std::memcpy(p + i, &h, 2); }
+    vu16 bits;
+    for (int i = 0; i < W; ++i) { const _Float16 h = (_Float16)v[i]; std::memcpy((char*)&bits + 2 * i, &h, 2); }
+    put<Past>(p, bits);
   }
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -340,27 +394,15 @@ struct Simd<f16> : OfFloat {
 #endif
 };
 
-// Copies a finished piece past the caches: an ordinary store would first read the line it
-// overwrites, one more pass over the output.
+// Copies a finished piece past the caches.
 inline void stream_out(void* to, const void* from, int64_t bytes) {
 #if defined(__x86_64__)
+  struct Line { char bytes[64]; };
   char* out = (char*)to;
   const char* in = (const char*)from;
-  int64_t head = -(intptr_t)out & 63;
-  if (head > bytes) head = bytes;
-  std::memcpy(out, in, head);
-  int64_t i = head;
-  for (; i + 64 <= bytes; i += 64) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512((__m512i*)(out + i), _mm512_loadu_si512(in + i));
-#elif defined(__AVX2__)
-    for (int k = 0; k < 64; k += 32)
-      _mm256_stream_si256((__m256i*)(out + i + k), _mm256_loadu_si256((const __m256i*)(in + i + k)));
-#else
-    for (int k = 0; k < 64; k += 16)
-      _mm_stream_si128((__m128i*)(out + i + k), _mm_loadu_si128((const __m128i*)(in + i + k)));
-#endif
-  }
+  int64_t i = std::min<int64_t>(bytes, -(uintptr_t)out & 63);
+  std::memcpy(out, in, i);
+  for (; i + 64 <= bytes; i += 64) stream(out + i, *(const Line*)(in + i));
   std::memcpy(out + i, in + i, bytes - i);
 #else
   std::memcpy(to, from, bytes);
