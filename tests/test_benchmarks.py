@@ -9,10 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmarks import __main__ as processor
-from benchmarks import cuda, exactness, measure, peers, resnet, resnet50
-from benchmarks.cases import GPU_FORMATS, GPU_SHAPES, KINDS, MODES, Case, cases, make_inputs
+from benchmarks import cuda, exactness, least, measure, peers, resnet, resnet50
+from benchmarks.cases import (
+    GPU_FORMATS,
+    GPU_SHAPES,
+    KINDS,
+    MODES,
+    SHAPES,
+    Case,
+    cases,
+    make_inputs,
+)
 from benchmarks.resnet import Torch, ours
 from torch import Tensor, nn
+
+from batchnorm import ops
 
 SMALL, LARGE = "4x8x6x6", "16x8x16x16"  # within and beyond the cache of MACHINE, of 8 kB
 
@@ -329,3 +340,30 @@ def test_a_median_ratio_is_of_turns_with_the_interval_of_the_sign_test() -> None
 )
 def test_what_stays_in_a_cores_cache_has_rows_as_long(shape: str, layout: str, part: str) -> None:
     assert Case(shape, layout, "bfloat16", "relu", "forward").in_cache().shape == part
+
+
+@pytest.mark.parametrize("type_", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_least_program_goes_through_the_whole_tensor(shape: str, type_: str) -> None:
+    case = Case(shape, "contiguous", type_, "relu", "forward_backward")
+    ways = least.variants(case)
+    assert {way.ahead for way in ways} == {False, True}
+    assert all(way.rows * way.length * way.groups == case.values() for way in ways)
+    size = case.bytes() // case.values()
+    streamed = [way for way in ways if way.stream]
+    assert all(way.length * size % 64 == way.stride * size % 64 == 0 for way in streamed)
+
+
+@pytest.mark.skipif("avx512" not in ops.kernels()["cpu"], reason="least.cpp needs AVX-512")
+def test_the_least_program_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(least, "SHAPES", ("4x8x16x16", "64x128"))
+    monkeypatch.setattr(least, "BETWEEN", 1 << 12)
+    command = ["least", "--only", "float32", "--seconds", str(FAST), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    least.main()
+    rows = json.loads((tmp_path / "least.json").read_text())["rows"]
+    assert len(rows) == 4
+    assert all(0 < row["least"] < 1 and row["bound"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("| float32 |") == 2
