@@ -115,6 +115,9 @@ STREAMED = {
     "long odd rows": ((32, 64, 37, 31), contiguous),
     "short rows": ((32, 360, 14, 14), contiguous),
     "joined rows": ((48, 1000, 7, 7), contiguous),
+    "joined rows off bytes": ((48, 1011, 7, 7), contiguous),
+    "joined rows of two words": ((40, 1040, 9, 7), contiguous),
+    "joined longer rows": ((32, 440, 13, 13), contiguous),
     "long planes": ((1, 5, 500_003), contiguous),
     "narrow columns": ((16, 24, 80, 80), channels_last),
     "columns": ((16, 520, 17, 17), channels_last),
@@ -142,6 +145,7 @@ def test_streamed_outputs_are_those_of_parts_too_small_for_it(
     if residual:
         assert torch.equal(got["dz"], case.dy * (got["y"] > 0))
         assert torch.equal(got["dz"], got["sums.dz"])
+        assert torch.equal(got["gate"], reference.pack_gate(got["y"] > 0, case.x))
     count = case.x.numel() // shape[1]
     means = got["sum_dz"] / count, got["sum_dz_xhat"] / count
     for c0 in range(0, shape[1], part := -(-shape[1] // 12)):

@@ -336,16 +336,18 @@ void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk
 }
 
 // Rows of a few elements leave vectors half empty: those of neighbouring channels, one run of memory,
-// are written as one, with a coefficient for each element.
+// are written as one, with a coefficient for each element; their gates are one run of bits meanwhile.
 template <class T>
 struct JoinedRows {
   using C = typename Simd<T>::C;
   // In 16 bits arithmetic takes the time, and of longer rows the coefficients cost more than the ends.
-  static bool suits(const Shape& s, const PlaneChunk& k, int64_t channels, bool gate) {
+  static bool suits(const Shape& s, const PlaneChunk& k, int64_t c0, int64_t c1, bool gate) {
     const int64_t row_bytes = s.s * sizeof(T);
     const bool few = s.s < joined_run || (sizeof(T) >= 4 && row_bytes < long_row_bytes &&
                                           row_bytes % line_bytes);
-    return few && !gate && channels > 1 && k.rows >= joined_visits;
+    // Behind what is written up to the first line, the bits go on at a byte.
+    const bool in_bytes = s.c * s.s % 8 == 0 && c0 * s.s % 8 == 0;
+    return few && (!gate || in_bytes) && c1 - c0 > 1 && k.rows >= joined_visits;
   }
   JoinedRows(const Channel<C>* v, int64_t channels, int64_t s) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -355,6 +357,7 @@ struct JoinedRows {
   }
   Coefficients<C> coefficients() const { return {data[0], data[1], data[2], data[3], data[4]}; }
   alignas(64) C data[5][stage_elements(sizeof(T)) + 16];  // the last vector is read whole
+  uint8_t gate[stage_elements(sizeof(T)) / 8 + 8];        // and the last bits by the word
 };
 
 template <class T>
@@ -380,12 +383,14 @@ void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& l
         if (normalize) channels[c].forward(f.statistics, f.affine, c);
       },
       [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead) {
-        if (moments && JoinedRows<T>::suits(p.shape, k, c1 - c0, loops.gate)) {
-          const JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
+        if (moments && JoinedRows<T>::suits(p.shape, k, c0, c1, loops.gate)) {
+          JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
           for (int64_t r = k.row; r < k.row + k.rows; ++r) {
             const int64_t o = planes.offset(r, c0);
-            loops.columns(x + o, moved(residual, o), (T*)f.y + o, nullptr, (c1 - c0) * p.shape.s,
-                          joined.coefficients(), ahead, stream);
+            loops.columns(x + o, moved(residual, o), (T*)f.y + o, joined.gate,
+                          (c1 - c0) * p.shape.s, joined.coefficients(), ahead, stream);
+            if (loops.gate)
+              pad_rows(joined.gate, f.gate + (r * p.shape.c + c0) * gate_row, p.shape.s, c1 - c0);
           }
           return;
         }
@@ -445,11 +450,12 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
         channels[c].backward(f.statistics, c, s.dz / count, f.sum_dz_xhat[c] / count);
       },
       [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead) {
-        if (sums && JoinedRows<T>::suits(p.shape, k, c1 - c0, loops.gate)) {
-          const JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
+        if (sums && JoinedRows<T>::suits(p.shape, k, c0, c1, loops.gate)) {
+          JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
           for (int64_t r = k.row; r < k.row + k.rows; ++r) {
             const int64_t o = planes.offset(r, c0);
-            loops.columns(dy + o, x + o, moved(residual, o), nullptr, moved((T*)f.dx, o),
+            if (loops.gate) join_rows(gate(r, c0, 0), joined.gate, p.shape.s, c1 - c0);
+            loops.columns(dy + o, x + o, moved(residual, o), joined.gate, moved((T*)f.dx, o),
                           moved((T*)f.dz, o), (c1 - c0) * p.shape.s, joined.coefficients(), ahead,
                           stream);
           }

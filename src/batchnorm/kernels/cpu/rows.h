@@ -80,6 +80,45 @@ inline uint32_t load_bits(const uint8_t* gate, int64_t i, int n) {
   return bits;
 }
 
+// Rows of so many bits, each padded to bytes, are joined into one run of bits, or the other way. The
+// run has room for eight bytes more than it takes.
+constexpr int64_t piece_bits = 56;  // together with a part of a byte they fit a word
+inline void join_rows(const uint8_t* rows, uint8_t* run, int64_t len, int64_t count) {
+  const uint8_t* end = rows + count * ((len + 7) / 8);
+  uint64_t pending = 0;
+  int64_t filled = 0;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < len; i += piece_bits) {
+      const int64_t bits = std::min(piece_bits, len - i);
+      uint64_t piece = 0;
+      if (end - rows >= 8) std::memcpy(&piece, rows, 8);  // little-endian, as every target here
+      else std::memcpy(&piece, rows, end - rows);
+      rows += (bits + 7) / 8;
+      pending |= (piece & ((uint64_t(1) << bits) - 1)) << filled;
+      std::memcpy(run, &pending, 8);
+      filled += bits;
+      run += filled / 8;
+      pending >>= filled & ~7;
+      filled %= 8;
+    }
+}
+inline void pad_rows(const uint8_t* run, uint8_t* rows, int64_t len, int64_t count) {
+  const uint8_t* end = rows + count * ((len + 7) / 8);
+  int64_t at = 0;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < len; i += piece_bits) {
+      const int64_t bits = std::min(piece_bits, len - i);
+      uint64_t piece;
+      std::memcpy(&piece, run + at / 8, 8);
+      piece = piece >> at % 8 & ((uint64_t(1) << bits) - 1);
+      at += bits;
+      // Of the bytes behind these, those inside are written next.
+      if (end - rows >= 8) std::memcpy(rows, &piece, 8);
+      else std::memcpy(rows, &piece, end - rows);
+      rows += (bits + 7) / 8;
+    }
+}
+
 // Calls step(i, n) with full vectors of [i, len), then with what is left.
 template <int W, class Step>
 [[gnu::always_inline]] inline void each_vector(int64_t i, int64_t len, Step step) {
