@@ -208,6 +208,10 @@ def test_the_sum_of_a_residual_block_is_normalised_behind_its_nonlinearity() -> 
     ("changes", "message"),
     [
         ({"model": "mlp", "lrn": True}, r"model='mlp' has no channels.*Choose model cnn"),
+        (
+            {"model": "cnn", "activation": "identity", "lrn": True},
+            r"lrn=True: with activation='identity' there are no responses.*Choose relu",
+        ),
         ({"model": f"{HERE}:functional", "lrn": True}, r"lrn=True is for the built-in networks"),
         ({"model": f"{HERE}:functional", "dropout": 0.5}, r"dropout=0.5 is for the built-in"),
         ({"model": "vggg"}, r"model='vggg' is unknown\. Did you mean 'vgg'\?.*module:callable"),

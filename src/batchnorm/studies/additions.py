@@ -21,7 +21,7 @@ def add_layers(model: nn.Module, settings: CellSettings) -> None:
     They have no parameters, and those of the network keep their names.
 
     Raises:
-        SettingsError: the network has no convolutions to normalise behind.
+        SettingsError: the network has no convolutions, or no activations, to normalise behind.
     """
     dense = settings.model in _DENSE
     activations = [name for name, _ in model.named_modules() if name.endswith("activation")]
@@ -31,9 +31,16 @@ def add_layers(model: nn.Module, settings: CellSettings) -> None:
                 f"lrn=True: model={settings.model!r} has no channels whose neighbours could be "
                 "normalised together. Choose model cnn, vgg or resnet, or leave it out."
             )
-        for name in activations:
-            if not isinstance(model.get_submodule(name), nn.Identity):
-                _put_behind(model, name, nn.LocalResponseNorm(_NEIGHBOURS))
+        responses = [
+            name for name in activations if not isinstance(model.get_submodule(name), nn.Identity)
+        ]
+        if not responses:
+            raise SettingsError(
+                f"lrn=True: with activation={settings.activation!r} there are no responses to "
+                "normalise. Choose relu or another activation, or leave it out."
+            )
+        for name in responses:
+            _put_behind(model, name, nn.LocalResponseNorm(_NEIGHBOURS))
     if settings.dropout:
         for name in activations if dense else ("flatten",):  # "flatten" is before the output
             _put_behind(model, name, nn.Dropout(settings.dropout))
