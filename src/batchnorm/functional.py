@@ -341,7 +341,7 @@ def batch_renorm(
     """
     check_vectors(x, running_mean=running_mean, running_var=running_var)
     # An empty batch has no moments, and nothing to correct.
-    mean, var, _ = moments(x, mask=mask) if x.shape[0] else (running_mean, running_var, 0)
+    mean, var = moments(x.detach(), mask=mask)[:2] if x.shape[0] else (running_mean, running_var)
     r, d = variants.renorm_correction(mean, var, running_mean, running_var, eps, r_max, d_max)
     scale = r if weight is None else weight * r
     shift = d if weight is None else weight * d

@@ -197,6 +197,18 @@ def test_local_response_normalisation_is_behind_the_nonlinearity() -> None:
     assert torch.allclose(after, expected, rtol=tolerances.SINGLE)
 
 
+@pytest.mark.parametrize("channels", [2, 5, 16])
+def test_local_response_normalisation_is_torchs(channels: int) -> None:
+    plain = build_arm(settings(model="cnn", lrn=True), image_task(8)).model
+    ours = next(m for m in plain.modules() if isinstance(m, nn.LocalResponseNorm))
+    x, gradient = 100 * torch.randn(2, 3, channels, 4, 4, dtype=torch.float64)
+    x.requires_grad_()
+    y, expected = ours(x), nn.LocalResponseNorm(ours.size)(x)
+    assert torch.allclose(y, expected, rtol=tolerances.DOUBLE)
+    dx, expected_dx = (torch.autograd.grad(out, x, gradient)[0] for out in (y, expected))
+    assert torch.allclose(dx, expected_dx, rtol=tolerances.DOUBLE)
+
+
 def test_the_sum_of_a_residual_block_is_normalised_behind_its_nonlinearity() -> None:
     model = build_arm(settings(model="resnet", depth=1, lrn=True), image_task(8)).model
     normed = [n for n, m in model.named_modules() if isinstance(m, nn.LocalResponseNorm)]

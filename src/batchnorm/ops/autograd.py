@@ -33,20 +33,15 @@ class _Function(torch.autograd.Function):
     # vmap runs forward and backward on batched tensors, which the ops and torch handle.
     generate_vmap_rule = True
 
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if _in_torch_func():
-            return super().apply(*args)  # type: ignore[no-untyped-call]
-        return cls.apply_here(*args)
 
-    @classmethod
-    def apply_here(cls, *args: Any) -> Any:
-        """Apply at the level of torch.func that the dispatcher is at.
+def _apply_here(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return what applies a function at the level of torch.func that the dispatcher is at.
 
-        ``Function.apply`` would start from the top again, and outside torch.func it binds the
-        signature anew at every call, which on small inputs costs more than normalising.
-        """
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+    ``Function.apply`` would start from the top again, and outside torch.func it binds the
+    signature anew at every call, which on small inputs costs more than normalising.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 class _Op:
@@ -58,7 +53,7 @@ class _Op:
         self._op = getattr(_ops, name).default
         self._composite = composite
         self._apply = composite if function is None else function.apply
-        self._apply_here = composite if function is None else function.apply_here
+        self._apply_here = composite if function is None else _apply_here(function)
         library.impl(name, self._at_autograd, "Autograd")
 
     def __call__(self, *args: Any) -> Any:
@@ -66,8 +61,10 @@ class _Op:
             return self._op(*args)
         if forward_ad._current_level >= 0:
             return self._composite(*args)
-        if _in_torch_func() or _requires_grad(args):
+        if _in_torch_func():
             return self._apply(*args)
+        if _requires_grad(args):
+            return self._apply_here(*args)
         with _below_autograd():
             return self._op(*args)
 

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.ops import reference
 from batchnorm.ops.autograd import (
+    _apply_here,
     _below_autograd,
     _Function,
     _ops,
@@ -189,7 +190,7 @@ def _affine(
 def _synchronized(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Forward mode too goes to autograd, which says that there is none.
     watched = _requires_grad(args) or forward_ad._current_level >= 0
-    apply: Any = _Synchronized.apply_here if watched else _Synchronized.forward
+    apply: Any = _apply_here(_Synchronized) if watched else _Synchronized.forward
     result: tuple[Tensor, Tensor, Tensor, Tensor] = apply(*args)
     return result
 

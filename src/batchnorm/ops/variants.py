@@ -76,8 +76,8 @@ def renorm_correction(
         r_max = torch.as_tensor(r_max, dtype=mean.dtype, device=mean.device)
         d_max = torch.as_tensor(d_max, dtype=mean.dtype, device=mean.device)
         sigma = (running_var.to(mean.dtype) + eps).sqrt()
-        r = torch.clamp((var.detach() + eps).sqrt() / sigma, 1 / r_max, r_max)
-        d = torch.clamp((mean.detach() - running_mean) / sigma, -d_max, d_max)
+        r = torch.clamp((var + eps).sqrt() / sigma, 1 / r_max, r_max)
+        d = torch.clamp((mean - running_mean) / sigma, -d_max, d_max)
     return r, d
 
 

@@ -122,8 +122,8 @@ STUDY = Study(
     settings=Settings,
     scales={
         "quick": Settings(
-            steps=128,
-            every=32,
+            steps=96,
+            every=24,
             lr=0.2,
             probes=("performance",),
             seeds=5,
