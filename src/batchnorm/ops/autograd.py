@@ -8,7 +8,7 @@ lose its outer tangent.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ def _is_differentiated_again() -> bool:
 class _Function(torch.autograd.Function):
     # vmap runs forward and backward on batched tensors, which the ops and torch handle.
     generate_vmap_rule = True
+    apply: ClassVar[Callable[..., Any]]  # torch's, which has no types
 
 
 def _apply_here(function: type[torch.autograd.Function]) -> Callable[..., Any]:

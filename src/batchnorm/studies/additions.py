@@ -23,7 +23,8 @@ class _LocalResponseNorm(nn.LocalResponseNorm):
     def forward(self, input: Tensor) -> Tensor:
         channel = torch.arange(input.shape[1], device=input.device)
         near = (channel - channel[:, None]).abs() <= self.size // 2  # the size is odd here
-        means = functional.conv2d(input.square(), near.to(input.dtype)[:, :, None, None] / self.size)
+        weight = near.to(input.dtype)[:, :, None, None] / self.size
+        means = functional.conv2d(input.square(), weight)
         return input / (self.k + self.alpha * means) ** self.beta
 
 
