@@ -340,7 +340,8 @@ def batch_renorm(
         Ioffe 2017, *Batch Renormalization*, arXiv 1702.03275, Algorithm 1.
     """
     check_vectors(x, running_mean=running_mean, running_var=running_var)
-    # An empty batch has no moments, and nothing to correct.
+    # Detached, as r and d are constants in forward mode too. An empty batch has no moments, and
+    # nothing to correct.
     mean, var = moments(x.detach(), mask=mask)[:2] if x.shape[0] else (running_mean, running_var)
     r, d = variants.renorm_correction(mean, var, running_mean, running_var, eps, r_max, d_max)
     scale = r if weight is None else weight * r

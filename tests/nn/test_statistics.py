@@ -131,6 +131,14 @@ class TestRenorm:
         d = ((mean - running[0]) / (running[1] + EPS).sqrt()).detach()
         by_hand = functional.batch_norm(x, r, d).y
         close(torch.autograd.grad(y, x, dy), torch.autograd.grad(by_hand, x, dy))
+        tangent, expected = (
+            torch.func.jvp(forward, (x.detach(),), (dy,))[1]
+            for forward in (
+                lambda x: functional.batch_renorm(x, *running).y,
+                lambda x: functional.batch_norm(x, r, d).y,
+            )
+        )
+        close(tangent, expected)
 
     def test_unclipped_training_is_evaluation(self):
         layer = BatchNorm1d(3, statistics=Renorm(r_max=100, d_max=100, schedule=None), momentum=0)
