@@ -176,23 +176,28 @@ struct Planes {
   }
   int64_t offset(int64_t row, int64_t channel) const { return (row * shape.c + channel) * shape.s; }
 
-  // visit(row, rows, begin, len): pieces of a chunk, of at most block_elements together; after():
-  // when so many were visited.
+  // So many short rows are summed together, so that a channel's sums are loaded and stored once;
+  static int64_t together(const PlaneChunk& k) {
+    return std::clamp<int64_t>(joined_elements / k.len, 1, joined_rows);
+  }
+  // and behind these elements of a row float sums go to float64: after block_elements, or fewer.
+  static bool ends_block(const PlaneChunk& k, int64_t row, int64_t end) {
+    const int64_t some = together(k), rows = std::max<int64_t>(1, block_elements / (some * k.len)) * some;
+    const int64_t done = row + 1 - k.row;
+    return (end == k.len || end % block_elements == 0) && (done % rows == 0 || done == k.rows);
+  }
+  // visit(row, rows, begin, len): pieces of a chunk; after(): at the end of a block.
   template <class Visit, class After>
   void blocks(const PlaneChunk& k, Visit visit, After after) const {
-    // Short rows by several, so that a channel's sums are loaded and stored once for them all.
-    const int64_t together = std::clamp<int64_t>(joined_elements / k.len, 1, joined_rows);
-    int64_t filled = 0;
-    for (int64_t r = k.row; r < k.row + k.rows; r += together) {
-      const int64_t some = std::min(together, k.row + k.rows - r);
+    const int64_t most = together(k);
+    for (int64_t r = k.row; r < k.row + k.rows; r += most) {
+      const int64_t some = std::min(most, k.row + k.rows - r);
       for (int64_t at = 0; at < k.len; at += block_elements) {
         const int64_t len = std::min(block_elements, k.len - at);
-        if (filled && filled + some * len > block_elements) { after(); filled = 0; }
         visit(r, some, k.begin + at, len);
-        filled += some * len;
+        if (ends_block(k, r + some - 1, at + len)) after();
       }
     }
-    after();
   }
 
   Shape shape;
@@ -200,9 +205,8 @@ struct Planes {
 };
 
 // first: part(c0, c1, chunk, out) takes a P of each channel of [c0, c1); finish(c, P) the merged one.
-// second: apply(c0, c1, chunk, ahead) normalises them, chunk by chunk, the last read first, and asks
-// for what lies `ahead` elements further on (0: for nothing): the channels that come next, or more of
-// the same where a channel does not stay in the cache.
+// second: apply(c0, c1, chunk, ahead, c2, out) normalises them and takes a P of each of [c1, c2), which
+// come next. It asks for what lies `ahead` elements further on (0: for nothing).
 template <class P, class Part, class Finish, class Apply>
 void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64_t size, bool first,
                   bool second, Part part, Finish finish, Apply apply) {
@@ -215,7 +219,8 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
       for (int64_t i = begin; i < end; ++i) {
         const int64_t c0 = i / parts % runs * run, n = i / parts / runs;
         const int64_t c1 = std::min(c0 + run, s.c);
-        apply(c0, c1, parts > 1 ? planes.chunk(n * parts + i % parts) : PlaneChunk{n, 1, 0, s.s}, 0);
+        const int64_t index = n * parts + i % parts;
+        apply(c0, c1, parts > 1 ? planes.chunk(index) : PlaneChunk{n, 1, 0, s.s}, 0, c1, nullptr);
       }
       stream_fence();
     });
@@ -239,7 +244,7 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
       parallel(p, s.c * planes.count, [&](int64_t begin, int64_t end) {
         for (int64_t i = end - 1; i >= begin; --i) {
           const int64_t c = i / planes.count;
-          apply(c, c + 1, planes.chunk(i % planes.count), 0);
+          apply(c, c + 1, planes.chunk(i % planes.count), 0, c + 1, nullptr);
         }
         stream_fence();
       });
@@ -254,69 +259,100 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
   // Its rows start on lines, if they can.
   const int64_t unit = line_bytes / std::gcd(line_bytes, s.s * size);
   if (group > unit) group = group / unit * unit;
-  // What is asked for stays in L2 or in the cache behind it until its turn comes.
-  const bool stays = channel_bytes <= 4 * cache_bytes();
+  // What is read ahead stays in L2 or in the cache behind it until its turn comes.
+  const bool stays = second && channel_bytes <= 4 * cache_bytes();
   parallel(p, ceil_div(s.c, group), [&](int64_t begin, int64_t end) {
-    P total[group_channels], piece[group_channels];
+    P total[group_channels];
+    std::unique_ptr<P[]> parts(new P[planes.count * group_channels]);
     const int64_t last = std::min(end * group, s.c);
     for (int64_t c0 = begin * group; c0 < last; c0 += group) {
-      const int64_t c1 = std::min(c0 + group, last);
-      const int64_t ahead = stays && c1 < last ? (c1 - c0) * s.s : in_order_ahead(s, size);
-      part(c0, c1, 0, total);
-      for (int64_t i = 1; i < planes.count; ++i) {
-        part(c0, c1, i, piece);
-        for (int64_t c = 0; c < c1 - c0; ++c) total[c].merge(piece[c]);
-      }
+      const int64_t c1 = std::min(c0 + group, last), c2 = stays ? std::min(c1 + group, last) : c1;
+      if (!stays || c0 == begin * group)
+        for (int64_t i = 0; i < planes.count; ++i) part(c0, c1, i, &parts[i * group_channels]);
+      std::copy(&parts[0], &parts[c1 - c0], total);
+      for (int64_t i = 1; i < planes.count; ++i)
+        for (int64_t c = 0; c < c1 - c0; ++c) total[c].merge(parts[i * group_channels + c]);
       for (int64_t c = c0; c < c1; ++c) finish(c, total[c - c0]);
       if (second)
-        for (int64_t i = planes.count - 1; i >= 0; --i) apply(c0, c1, planes.chunk(i), ahead);
+        for (int64_t i = planes.count - 1; i >= 0; --i)
+          apply(c0, c1, planes.chunk(i), in_order_ahead(s, size), c2, &parts[i * group_channels]);
     }
     if (second) stream_fence();
   });
 }
 
+// The moments of channels [c0, c1) in a chunk.
 template <class T>
-void plane_moments(const T* x, const Planes& planes, int64_t c0, int64_t c1, int64_t index,
-                   Moments* out) {
+struct PlaneMoments {
   using S = Simd<T>;
   using C = typename S::C;
-  const PlaneChunk k = planes.chunk(index);
-  const int64_t channels = c1 - c0;
-  Lanes<S> lanes[group_channels];
-  C shift[group_channels];
-  double sum[group_channels] = {}, square[group_channels] = {};
-  const int few = (int)std::min<int64_t>(k.len, S::W);
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* start = x + planes.offset(k.row, c0 + c) + k.begin;
-    shift[c] = (C)(S::sum(few == S::W ? S::load(start) : S::load_n(start, few, 0)) / few);
+  PlaneMoments(const T* x, const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk& k)
+      : x(x + planes.offset(k.row, c0) + k.begin), planes(planes), k(k), count(c1 - c0) {
+    const int few = (int)std::min<int64_t>(k.len, S::W);
+    for (int64_t c = 0; c < count; ++c) {
+      const T* start = this->x + c * planes.shape.s;
+      channels[c].m = (C)(S::sum(few == S::W ? S::load(start) : S::load_n(start, few, 0)) / few);
+    }
   }
+  void drain() {
+    for (int64_t c = 0; c < count; ++c) {
+      lanes[c].drain(sum[c], square[c]);
+      lanes[c] = {};
+    }
+  }
+  void take(Moments* out) const {
+    for (int64_t c = 0; c < count; ++c) {
+      out[c] = shifted((double)k.rows * k.len, channels[c].m, sum[c], square[c]);
+      if (doubtful<C>(out[c].count, out[c].m2))
+        out[c] = careful(x + c * planes.shape.s, k.rows, planes.shape.c * planes.shape.s, k.len, 1);
+    }
+  }
+
+  const T* x;
+  const Planes& planes;
+  const PlaneChunk k;
+  const int64_t count;
+  Channel<C> channels[group_channels];  // m is the shift
+  Lanes<S> lanes[group_channels];
+  double sum[group_channels] = {}, square[group_channels] = {};
+};
+
+template <class T>
+void plane_moments(const T* x, const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk& k,
+                   Moments* out) {
+  PlaneMoments<T> of(x, planes, c0, c1, k);
   planes.blocks(
       k,
       [&](int64_t r, int64_t rows, int64_t begin, int64_t len) {
         const T* row = x + planes.offset(r, c0) + begin;
-        for (int64_t c = 0; c < channels; ++c)
+        for (int64_t c = 0; c < c1 - c0; ++c)
           moments_run<T>(row + c * planes.shape.s, rows, planes.shape.c * planes.shape.s, len,
-                         shift[c], lanes[c]);
+                         of.channels[c].m, of.lanes[c]);
       },
-      [&] {
-        for (int64_t c = 0; c < channels; ++c) {
-          lanes[c].drain(sum[c], square[c]);
-          lanes[c] = {};
-        }
-      });
-  for (int64_t c = 0; c < channels; ++c) {
-    out[c] = shifted((double)k.rows * k.len, shift[c], sum[c], square[c]);
-    if (doubtful<C>(out[c].count, out[c].m2))
-      out[c] = careful(x + planes.offset(k.row, c0 + c) + k.begin, k.rows,
-                       planes.shape.c * planes.shape.s, k.len, 1);
-  }
+      [&] { of.drain(); });
+  of.take(out);
 }
 
+// The sums of some channels in a chunk.
+template <class T>
+struct PlaneSums {
+  PlaneSums(int64_t count, Sums* out) : count(count), out(out) { std::fill(out, out + count, Sums{}); }
+  void drain() {
+    for (int64_t c = 0; c < count; ++c) {
+      lanes[c].drain(out[c].dz, out[c].dz_d);
+      lanes[c] = {};
+    }
+  }
+  const int64_t count;
+  Sums* out;
+  Lanes<Simd<T>> lanes[group_channels];
+};
+
 // Calls run(offset, row, begin, len, out, past) for the pieces of a chunk of channels [c0, c1), and
-// streams what it writes when asked.
-template <class T, class Run>
+// streams what it writes when asked; after() at the end of a block.
+template <class T, class Run, class After>
 void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk& k, bool stream,
-                  bool gate, const Outputs<T>& outputs, Run run) {
+                  bool gate, const Outputs<T>& outputs, Run run, After after) {
   Stage<T> stage;
   const int64_t size = sizeof(T), capacity = stage_elements(size);
   const bool past = stream && in_lines(outputs.at(planes.offset(k.row, c0) + k.begin),
@@ -325,12 +361,13 @@ void plane_pieces(const Planes& planes, int64_t c0, int64_t c1, const PlaneChunk
   for (int64_t r = k.row; r < k.row + k.rows; ++r) {
     // Whole rows of several channels are one run of memory, which fits the stage.
     const int64_t start = planes.offset(r, c0) + k.begin;
-    const int64_t step = c1 - c0 == 1 && staged ? capacity : k.len;
+    const int64_t step = c1 - c0 > 1 ? k.len : staged ? capacity : block_elements;
     for (int64_t i = 0; i < k.len; i += step) {
       const int64_t len = std::min(step, k.len - i);
       const Outputs<T> to = outputs.at(start + i), out = staged ? stage.instead_of(to) : to;
       run(start + i, r, k.begin + i, len, out, past);
       if (staged) stage.flush(to, len * (c1 - c0));
+      if (planes.ends_block(k, r, i + len)) after();
     }
   }
 }
@@ -372,36 +409,52 @@ void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& l
   auto* residual = (const T*)f.residual;
   if (normalize && !moments)
     for (int64_t c = 0; c < p.shape.c; ++c) channels[c].forward(f.statistics, f.affine, c);
+  auto apply = [&](int64_t c0, int64_t c1, const PlaneChunk& k, bool join,
+                   const Following<Simd<T>>& following, auto after) {
+    if (join) {
+      JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
+      for (int64_t r = k.row; r < k.row + k.rows; ++r) {
+        const int64_t o = planes.offset(r, c0);
+        loops.columns(x + o, moved(residual, o), (T*)f.y + o, joined.gate, (c1 - c0) * p.shape.s,
+                      joined.coefficients(), following.ahead, stream);
+        if (loops.gate)
+          pad_rows(joined.gate, f.gate + (r * p.shape.c + c0) * gate_row, p.shape.s, c1 - c0);
+      }
+      return;
+    }
+    plane_pieces<T>(
+        planes, c0, c1, k, stream, loops.gate, {(T*)f.y, nullptr},
+        [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out, bool past) {
+          uint8_t* gate =
+              loops.gate ? f.gate + (r * p.shape.c + c0) * gate_row + begin / 8 : nullptr;
+          loops.planes(x + o, moved(residual, o), out.first, gate, len, gate_row, c1 - c0,
+                       &channels[c0], following, past);
+        },
+        after);
+  };
   drive_planes<Moments>(
       p, planes, 1, sizeof(T), moments, normalize,
       [&](int64_t c0, int64_t c1, int64_t i, Moments* out) {
-        plane_moments(x, planes, c0, c1, i, out);
+        plane_moments(x, planes, c0, c1, planes.chunk(i), out);
       },
       [&](int64_t c, const Moments& m) {
         f.statistics.mean[c] = m.mean;
         f.statistics.var[c] = m.m2 / m.count;
         if (normalize) channels[c].forward(f.statistics, f.affine, c);
       },
-      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead) {
-        if (moments && JoinedRows<T>::suits(p.shape, k, c0, c1, loops.gate)) {
-          JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
-          for (int64_t r = k.row; r < k.row + k.rows; ++r) {
-            const int64_t o = planes.offset(r, c0);
-            loops.columns(x + o, moved(residual, o), (T*)f.y + o, joined.gate,
-                          (c1 - c0) * p.shape.s, joined.coefficients(), ahead, stream);
-            if (loops.gate)
-              pad_rows(joined.gate, f.gate + (r * p.shape.c + c0) * gate_row, p.shape.s, c1 - c0);
-          }
+      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead, int64_t c2, Moments* out) {
+        const int64_t by = (c1 - c0) * p.shape.s;
+        const bool joined = moments && JoinedRows<T>::suits(p.shape, k, c0, c1, loops.gate);
+        if (joined || !loops.also || c1 == c2) {
+          apply(c0, c1, k, joined, {c1 < c2 ? by : ahead}, [] {});
+          if (c1 < c2) plane_moments(x, planes, c1, c2, k, out);
           return;
         }
-        plane_pieces<T>(
-            planes, c0, c1, k, stream, loops.gate, {(T*)f.y, nullptr},
-            [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out, bool past) {
-              uint8_t* gate =
-                  loops.gate ? f.gate + (r * p.shape.c + c0) * gate_row + begin / 8 : nullptr;
-              loops.planes(x + o, moved(residual, o), out.first, gate, len, gate_row, c1 - c0,
-                           &channels[c0], ahead, past);
-            });
+        PlaneMoments<T> next(x, planes, c1, c2, k);
+        apply(c0, c1, k, false,
+              {p.shape.c * p.shape.s, by, 0, c2 - c1, next.channels, next.lanes},
+              [&] { next.drain(); });
+        next.take(out);
       });
 }
 
@@ -424,49 +477,59 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
     channels[c].forward(f.statistics, f.affine, c);
     if (means) channels[c].backward(f.statistics, c, means->of_dz(c), means->of_dz_xhat(c));
   }
+  auto sums_of = [&](int64_t c0, int64_t c1, const PlaneChunk& k, Sums* out) {
+    PlaneSums<T> of(c1 - c0, out);
+    planes.blocks(
+        k,
+        [&](int64_t r, int64_t rows, int64_t begin, int64_t len) {
+          const int64_t o = planes.offset(r, c0) + begin;
+          loops.sums(dy + o, x + o, moved(residual, o), gate(r, c0, begin), rows, len, gate_row,
+                     c1 - c0, p.shape.s, p.shape.c, &channels[c0], of.lanes);
+        },
+        [&] { of.drain(); });
+  };
+  auto apply = [&](int64_t c0, int64_t c1, const PlaneChunk& k, bool join,
+                   const Following<S>& following, auto after) {
+    if (join) {
+      JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
+      for (int64_t r = k.row; r < k.row + k.rows; ++r) {
+        const int64_t o = planes.offset(r, c0);
+        if (loops.gate) join_rows(gate(r, c0, 0), joined.gate, p.shape.s, c1 - c0);
+        loops.columns(dy + o, x + o, moved(residual, o), joined.gate, moved((T*)f.dx, o),
+                      moved((T*)f.dz, o), (c1 - c0) * p.shape.s, joined.coefficients(),
+                      following.ahead, stream);
+      }
+      return;
+    }
+    plane_pieces<T>(
+        planes, c0, c1, k, stream, loops.gate, {(T*)f.dx, (T*)f.dz},
+        [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out, bool past) {
+          loops.planes(dy + o, x + o, moved(residual, o), gate(r, c0, begin), out.first, out.second,
+                       len, gate_row, c1 - c0, &channels[c0], following, past);
+        },
+        after);
+  };
   drive_planes<Sums>(
       p, planes, 2 + loops.residual, sizeof(T), sums, f.dx || f.dz,
-      [&](int64_t c0, int64_t c1, int64_t i, Sums* out) {
-        Lanes<S> lanes[group_channels];
-        std::fill(out, out + (c1 - c0), Sums{});
-        planes.blocks(
-            planes.chunk(i),
-            [&](int64_t r, int64_t rows, int64_t begin, int64_t len) {
-              const int64_t o = planes.offset(r, c0) + begin;
-              loops.sums(dy + o, x + o, moved(residual, o), gate(r, c0, begin), rows, len, gate_row,
-                         c1 - c0, p.shape.s, p.shape.c, &channels[c0], lanes);
-            },
-            [&] {
-              for (int64_t c = 0; c < c1 - c0; ++c) {
-                lanes[c].drain(out[c].dz, out[c].dz_d);
-                lanes[c] = {};
-              }
-            });
-      },
+      [&](int64_t c0, int64_t c1, int64_t i, Sums* out) { sums_of(c0, c1, planes.chunk(i), out); },
       [&](int64_t c, const Sums& s) {
         const double count = (double)p.shape.count();
         f.sum_dz[c] = s.dz;
         f.sum_dz_xhat[c] = channels[c].xhat_sum(s, f.statistics, c);
         channels[c].backward(f.statistics, c, s.dz / count, f.sum_dz_xhat[c] / count);
       },
-      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead) {
-        if (sums && JoinedRows<T>::suits(p.shape, k, c0, c1, loops.gate)) {
-          JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
-          for (int64_t r = k.row; r < k.row + k.rows; ++r) {
-            const int64_t o = planes.offset(r, c0);
-            if (loops.gate) join_rows(gate(r, c0, 0), joined.gate, p.shape.s, c1 - c0);
-            loops.columns(dy + o, x + o, moved(residual, o), joined.gate, moved((T*)f.dx, o),
-                          moved((T*)f.dz, o), (c1 - c0) * p.shape.s, joined.coefficients(), ahead,
-                          stream);
-          }
+      [&](int64_t c0, int64_t c1, const PlaneChunk& k, int64_t ahead, int64_t c2, Sums* out) {
+        const int64_t by = (c1 - c0) * p.shape.s;
+        const bool joined = sums && JoinedRows<T>::suits(p.shape, k, c0, c1, loops.gate);
+        if (joined || !loops.also || c1 == c2) {
+          apply(c0, c1, k, joined, {c1 < c2 ? by : ahead}, [] {});
+          if (c1 < c2) sums_of(c1, c2, k, out);
           return;
         }
-        plane_pieces<T>(
-            planes, c0, c1, k, stream, loops.gate, {(T*)f.dx, (T*)f.dz},
-            [&](int64_t o, int64_t r, int64_t begin, int64_t len, const Outputs<T>& out, bool past) {
-              loops.planes(dy + o, x + o, moved(residual, o), gate(r, c0, begin), out.first,
-                           out.second, len, gate_row, c1 - c0, &channels[c0], ahead, past);
-            });
+        PlaneSums<T> next(c2 - c1, out);
+        apply(c0, c1, k, false,
+              {p.shape.c * p.shape.s, by, (c1 - c0) * gate_row, c2 - c1, &channels[c1], next.lanes},
+              [&] { next.drain(); });
       });
 }
 

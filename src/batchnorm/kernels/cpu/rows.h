@@ -208,21 +208,18 @@ template <class T, bool Gate, class Value, class Next>
   each_vector<W>(begin, len, ordinary);
 }
 
-// The inputs that lie `ahead` elements further on are asked for; 0: none.
-template <class T, Activation A, bool Residual, bool Gate, class Of>
-inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, const Of& of,
-                          int64_t ahead, bool past) {
-  using S = Simd<T>;
-  write_run<T, Gate>(y, (T*)nullptr, gate, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
-    auto z = S::fma(load<S>(x + i, n) - of.m(i), of.a(i), of.b(i));
-    if constexpr (Residual) z += load<S>(r + i, n);
-    return {Act<S, A>::forward(z), z, S::bits(Act<S, A>::pass(z))};
-  }, [=](int64_t i, int64_t n) __attribute__((always_inline)) {
-    if (!ahead) return;
-    fetch(x + i + ahead, n * sizeof(T));
-    if constexpr (Residual) fetch(r + i + ahead, n * sizeof(T));
-  });
-}
+template <class T>
+inline T* moved(T* p, int64_t by) { return p ? p + by : p; }
+
+// Sums of one channel: float lanes over a block, the block into float64.
+template <class S>
+struct Lanes {
+  typename S::V s[4] = {}, q[4] = {};
+  void drain(double& sum, double& square) const {
+    sum += S::sum((s[0] + s[1]) + (s[2] + s[3]));
+    square += S::sum((q[0] + q[1]) + (q[2] + q[3]));
+  }
+};
 
 // The derivative at z, found as P says.
 template <class S, Activation A, Preactivation P, class Of, class T, class N>
@@ -238,94 +235,164 @@ inline typename S::V gradient(typename S::V dy, typename S::V d, const T* r, con
   }
 }
 
-template <class T, Activation A, Preactivation P, class Of>
-inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz_out,
-                      int64_t len, const Of& of, int64_t ahead, bool past) {
-  using S = Simd<T>;
-  write_run<T, false>(dx, dz_out, nullptr, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
-    const auto d = load<S>(x + i, n) - of.m(i);
-    const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
-    return {of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), dz, 0};
-  }, [=](int64_t i, int64_t n) __attribute__((always_inline)) {
-    if (!ahead) return;
-    fetch(x + i + ahead, n * sizeof(T));
-    fetch(dy + i + ahead, n * sizeof(T));
-  });
+// step(i, n, s, q) adds elements [i, i + n) of a row to accumulators; four of them hide the latency.
+// Where the order of elements is free, halves may be cheaper to load.
+template <bool Halves, class S, class Step>
+[[gnu::always_inline]] inline void accumulate_four(int64_t i, Lanes<S>& l, const Step& step) {
+  constexpr int W = S::W;
+  constexpr std::integral_constant<int, W> full;
+  if constexpr (Halves && requires { &S::template load_half<0>; }) {
+    step(i, Half<0>{}, l.s[0], l.q[0]);
+    step(i, Half<1>{}, l.s[1], l.q[1]);
+    step(i + 2 * W, Half<0>{}, l.s[2], l.q[2]);
+    step(i + 2 * W, Half<1>{}, l.s[3], l.q[3]);
+  } else {
+    step(i, full, l.s[0], l.q[0]);
+    step(i + W, full, l.s[1], l.q[1]);
+    step(i + 2 * W, full, l.s[2], l.q[2]);
+    step(i + 3 * W, full, l.s[3], l.q[3]);
+  }
+}
+// Elements [i, len), the last of a row.
+template <bool Halves, class S, class Step>
+[[gnu::always_inline]] inline void accumulate_rest(int64_t i, int64_t len, Lanes<S>& l,
+                                                   const Step& step) {
+  constexpr int W = S::W;
+  constexpr std::integral_constant<int, W> full;
+  for (; i + 4 * W <= len; i += 4 * W) accumulate_four<Halves>(i, l, step);
+  if (i + W <= len) { step(i, full, l.s[0], l.q[0]); i += W; }
+  if (i + W <= len) { step(i, full, l.s[1], l.q[1]); i += W; }
+  if (i + W <= len) { step(i, full, l.s[2], l.q[2]); i += W; }
+  if (i < len) step(i, (int)(len - i), l.s[3], l.q[3]);
+}
+// Rows of one channel, step_of(row) each. The accumulators are a copy, as nothing else may alias what
+// is to stay in registers.
+template <bool Halves, class S, class StepOf>
+[[gnu::always_inline]] inline void accumulate(int64_t rows, int64_t len, Lanes<S>& lanes,
+                                              StepOf step_of) {
+  Lanes<S> l = lanes;
+  for (int64_t r = 0; r < rows; ++r) accumulate_rest<Halves>(0, len, l, step_of(r));
+  lanes = l;
 }
 
 template <class T>
-inline T* moved(T* p, int64_t by) { return p ? p + by : p; }
-
-// Sums of one channel: float lanes over a block, the block into float64.
-template <class S>
-struct Lanes {
-  typename S::V s[4] = {}, q[4] = {};
-  void drain(double& sum, double& square) const {
-    sum += S::sum((s[0] + s[1]) + (s[2] + s[3]));
-    square += S::sum((q[0] + q[1]) + (q[2] + q[3]));
-  }
-};
-
-// step(row, i, n, s, q) adds elements [i, i + n) of a row to the accumulators; four of them hide the
-// latency. They are a copy, as nothing else may alias what is to stay in registers. Where the order
-// of elements is free, halves may be cheaper to load.
-template <bool Halves, class S, class Step>
-[[gnu::always_inline]] inline void accumulate(int64_t rows, int64_t len, Lanes<S>& lanes,
-                                              Step step) {
-  constexpr int W = S::W;
-  constexpr std::integral_constant<int, W> full;
-  Lanes<S> l = lanes;
-  for (int64_t r = 0; r < rows; ++r) {
-    int64_t i = 0;
-    for (; i + 4 * W <= len; i += 4 * W) {
-      if constexpr (Halves && requires { &S::template load_half<0>; }) {
-        step(r, i, Half<0>{}, l.s[0], l.q[0]);
-        step(r, i, Half<1>{}, l.s[1], l.q[1]);
-        step(r, i + 2 * W, Half<0>{}, l.s[2], l.q[2]);
-        step(r, i + 2 * W, Half<1>{}, l.s[3], l.q[3]);
-      } else {
-        step(r, i, full, l.s[0], l.q[0]);
-        step(r, i + W, full, l.s[1], l.q[1]);
-        step(r, i + 2 * W, full, l.s[2], l.q[2]);
-        step(r, i + 3 * W, full, l.s[3], l.q[3]);
-      }
-    }
-    if (i + W <= len) { step(r, i, full, l.s[0], l.q[0]); i += W; }
-    if (i + W <= len) { step(r, i, full, l.s[1], l.q[1]); i += W; }
-    if (i + W <= len) { step(r, i, full, l.s[2], l.q[2]); i += W; }
-    if (i < len) step(r, i, (int)(len - i), l.s[3], l.q[3]);
-  }
-  lanes = l;
+[[gnu::always_inline]] inline auto moments_step(const T* x, typename Simd<T>::C shift) {
+  using S = Simd<T>;
+  return [=, k = S::set(shift)](int64_t i, auto n, auto& s, auto& q) __attribute__((always_inline)) {
+    const auto d = load<S>(x + i, n, shift) - k;
+    s += d;
+    q = S::fma(d, d, q);
+  };
 }
+template <class T, Activation A, Preactivation P>
+[[gnu::always_inline]] inline auto sums_step(const T* dy, const T* x, const T* r, const uint8_t* gate,
+                                             const OfChannel<Simd<T>>& of, typename Simd<T>::C m) {
+  using S = Simd<T>;
+  return [=, &of](int64_t i, auto n, auto& s, auto& q) __attribute__((always_inline)) {
+    const auto d = load<S>(x + i, n, m) - of.vm;
+    const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
+    s += dz;
+    q = S::fma(dz, d, q);
+  };
+}
+template <Preactivation P>
+constexpr bool any_order = P != Preactivation::from_gate;  // whose bits are in order
 
 // Rows of one channel, ld elements apart.
 template <class T>
 inline void moments_run(const T* x, int64_t rows, int64_t ld, int64_t len,
                         typename Simd<T>::C shift, Lanes<Simd<T>>& lanes) {
-  using S = Simd<T>;
-  const auto k = S::set(shift);
-  accumulate<true>(rows, len, lanes, [&](int64_t row, int64_t i, auto n, auto& s, auto& q) {
-    const auto d = load<S>(x + row * ld + i, n, shift) - k;
-    s += d;
-    q = S::fma(d, d, q);
-  });
+  accumulate<true>(rows, len, lanes, [&](int64_t row) { return moments_step(x + row * ld, shift); });
 }
 
 template <class T, Activation A, Preactivation P>
 inline void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t rows,
                      int64_t ld, int64_t gate_ld, int64_t len,
                      const Channel<typename Simd<T>::C>& channel, Lanes<Simd<T>>& lanes) {
-  using S = Simd<T>;
-  const OfChannel<S> of(channel);
-  constexpr bool halves = P != Preactivation::from_gate;  // whose bits are in order
-  accumulate<halves>(rows, len, lanes, [&](int64_t row, int64_t i, auto n, auto& s, auto& q) {
+  const OfChannel<Simd<T>> of(channel);
+  accumulate<any_order<P>>(rows, len, lanes, [&](int64_t row) {
     const int64_t o = row * ld;
-    const auto d = load<S>(x + o + i, n, channel.m) - of.vm;
-    const auto dz = gradient<S, A, P>(load<S>(dy + o + i, n), d, moved(r, o),
-                                      moved(gate, row * gate_ld), of, i, n);
-    s += dz;
-    q = S::fma(dz, d, q);
+    return sums_step<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, row * gate_ld), of, channel.m);
   });
+}
+
+// What is done with later runs while one is written, so that memory is never left idle: they are
+// asked for, and the sums of those that come next are taken.
+template <class S>
+struct Following {
+  int64_t ahead = 0;    // so many elements further on they are asked for; 0: not at all
+  int64_t by = 0;       // those whose sums are taken are so many elements further on,
+  int64_t gate_by = 0;  // their gates so many bytes,
+  int64_t count = 0;    // for so many of the runs that are written together
+  const Channel<typename S::C>* channels = nullptr;  // theirs; in the forward m is the shift
+  Lanes<S>* lanes = nullptr;
+};
+// Takes the sums of a run while another is written: next(i, n) of write_run, from element `at` on.
+template <bool Halves, class S, class Step>
+[[gnu::always_inline]] inline void accumulate_next(int64_t& at, int64_t n, int64_t len, Lanes<S>& l,
+                                                   const Step& step) {
+  if (n == 4 * S::W) {
+    accumulate_four<Halves>(at, l, step);
+    at += n;
+  } else {
+    accumulate_rest<Halves>(at, len, l, step);
+  }
+}
+
+// Whether the sums of the next run, taken meanwhile, leave the registers room: not around an exp.
+template <class S, Activation A>
+constexpr bool is_light = A == Activation::none || Act<S, A>::has_gate;
+
+// Also: `run` is one of several that are written together, each with the sums of one further on.
+template <class T, Activation A, bool Residual, bool Gate, bool Also, class Of>
+[[gnu::always_inline]] inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Of of,
+                          const Following<Simd<T>>& f, int64_t run, bool past) {
+  using S = Simd<T>;
+  const bool also = Also && run < f.count;
+  const int64_t ahead = f.ahead, by = f.by;
+  const auto step = moments_step(x + by, also ? f.channels[run].m : 0);
+  Lanes<S> lanes;
+  if (also) lanes = f.lanes[run];
+  int64_t at = 0;
+  write_run<T, Gate>(y, (T*)nullptr, gate, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
+    auto z = S::fma(load<S>(x + i, n) - of.m(i), of.a(i), of.b(i));
+    if constexpr (Residual) z += load<S>(r + i, n);
+    return {Act<S, A>::forward(z), z, S::bits(Act<S, A>::pass(z))};
+  }, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    if (ahead) {
+      fetch(x + i + by + ahead, n * sizeof(T));
+      if constexpr (Residual) fetch(r + i + ahead, n * sizeof(T));
+    }
+    if (also) accumulate_next<true>(at, n, len, lanes, step);
+  });
+  if (also) f.lanes[run] = lanes;
+}
+
+template <class T, Activation A, Preactivation P, bool Also, class Of>
+[[gnu::always_inline]] inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz_out,
+                      int64_t len, Of of, const Following<Simd<T>>& f, int64_t run, bool past) {
+  using S = Simd<T>;
+  const bool also = Also && run < f.count;
+  const int64_t ahead = f.ahead, by = f.by;
+  const Channel<typename S::C> channel = also ? f.channels[run] : Channel<typename S::C>{};
+  const OfChannel<S> next(channel);
+  const auto step = sums_step<T, A, P>(dy + by, x + by, moved(r, by), moved(gate, f.gate_by), next,
+                                       channel.m);
+  Lanes<S> lanes;
+  if (also) lanes = f.lanes[run];
+  int64_t at = 0;
+  write_run<T, false>(dx, dz_out, nullptr, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
+    const auto d = load<S>(x + i, n) - of.m(i);
+    const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
+    return {of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), dz, 0};
+  }, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    if (ahead) {
+      fetch(x + i + by + ahead, n * sizeof(T));
+      fetch(dy + i + by + ahead, n * sizeof(T));
+    }
+    if (also) accumulate_next<any_order<P>>(at, n, len, lanes, step);
+  });
+  if (also) f.lanes[run] = lanes;
 }
 
 // Sums of many channels: rows in groups of at most Rows, so that each accumulator is loaded and
@@ -389,28 +456,29 @@ struct ForwardLoops {
   using S = Simd<T>;
   using C = typename S::C;
   using Planes = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
-                      int64_t runs, const Channel<C>* channels, int64_t ahead, bool past);
+                      int64_t runs, const Channel<C>* channels, const Following<S>&, bool past);
   using Columns = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Coefficients<C>,
                        int64_t ahead, bool past);
   Planes* planes;
   Columns* columns;
-  bool gate;
+  bool gate, also;
 
   template <Activation A, bool Residual, bool Gate>
   static void in_planes(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
-                        int64_t runs, const Channel<C>* channels, int64_t ahead, bool past) {
+                        int64_t runs, const Channel<C>* channels, const Following<S>& f, bool past) {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
-      normalize_run<T, A, Residual, Gate>(x + o, moved(r, o), y + o, moved(gate, c * gate_row), len,
-                                          OfChannel<S>(channels[c]), ahead, past);
+      normalize_run<T, A, Residual, Gate, is_light<S, A>>(x + o, moved(r, o), y + o,
+                                                          moved(gate, c * gate_row), len,
+                                                          OfChannel<S>(channels[c]), f, c, past);
   }
   template <Activation A, bool Residual, bool Gate>
   static void in_columns(const T* x, const T* r, T* y, uint8_t* gate, int64_t len,
                          Coefficients<C> p, int64_t ahead, bool past) {
-    normalize_run<T, A, Residual, Gate>(x, r, y, gate, len, OfColumns<S>(p), ahead, past);
+    normalize_run<T, A, Residual, Gate, false>(x, r, y, gate, len, OfColumns<S>(p), {ahead}, 0, past);
   }
   template <Activation A, bool Residual, bool Gate>
   static ForwardLoops of() {
-    return {in_planes<A, Residual, Gate>, in_columns<A, Residual, Gate>, Gate};
+    return {in_planes<A, Residual, Gate>, in_columns<A, Residual, Gate>, Gate, is_light<S, A>};
   }
 };
 
@@ -425,14 +493,17 @@ struct BackwardLoops {
                           int64_t, Coefficients<C>, C*, C*);
   using Planes = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
                       int64_t len, int64_t gate_row, int64_t runs, const Channel<C>*,
-                      int64_t ahead, bool past);
+                      const Following<S>&, bool past);
   using Columns = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
                        int64_t len, Coefficients<C>, int64_t ahead, bool past);
   Sums* sums;
   ColumnSums* column_sums;
   Planes* planes;
   Columns* columns;
-  bool residual, gate;
+  bool residual, gate, also;
+
+  template <Activation A, Preactivation P>
+  static constexpr bool takes_sums = is_light<S, A> && P != Preactivation::from_residual;
 
   // The runs are ld elements apart: where a block is part of a row, more than their length. Of each
   // there are some rows, as many runs apart as there are channels.
@@ -447,15 +518,16 @@ struct BackwardLoops {
   template <Activation A, Preactivation P>
   static void in_planes(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
                         int64_t len, int64_t gate_row, int64_t runs, const Channel<C>* channels,
-                        int64_t ahead, bool past) {
+                        const Following<S>& f, bool past) {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
-      apply_run<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row), moved(dx, o),
-                         moved(dz, o), len, OfChannel<S>(channels[c]), ahead, past);
+      apply_run<T, A, P, takes_sums<A, P>>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row),
+                                           moved(dx, o), moved(dz, o), len,
+                                           OfChannel<S>(channels[c]), f, c, past);
   }
   template <Activation A, Preactivation P>
   static void in_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
                          int64_t len, Coefficients<C> p, int64_t ahead, bool past) {
-    apply_run<T, A, P>(dy, x, r, gate, dx, dz, len, OfColumns<S>(p), ahead, past);
+    apply_run<T, A, P, false>(dy, x, r, gate, dx, dz, len, OfColumns<S>(p), {ahead}, 0, past);
   }
   template <Activation A, Preactivation P>
   static BackwardLoops of() {
@@ -464,7 +536,8 @@ struct BackwardLoops {
             in_planes<A, P>,
             in_columns<A, P>,
             P == Preactivation::from_residual,
-            P == Preactivation::from_gate};
+            P == Preactivation::from_gate,
+            takes_sums<A, P>};
   }
 };
 
