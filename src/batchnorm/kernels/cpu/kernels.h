@@ -25,7 +25,8 @@ namespace batchnorm::BATCHNORM_ISA {
 constexpr int64_t block_elements = 8192;    // summed in float lanes before going to float64
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
-constexpr int64_t stream_bytes = 4 << 20;   // larger outputs go past the caches,
+constexpr int64_t stream_bytes = 512 << 10;  // larger outputs go past the caches, but of 16 bits,
+constexpr int64_t stream_short_bytes = 4 << 20;  // where the next reader loses more than is saved;
 constexpr int64_t line_bytes = 64;          // in whole lines:
 constexpr int64_t stage_bytes = 8192;       // a piece of short rows is finished in L1 before
 constexpr int64_t long_row_bytes = 1024;    // and of longer rows few lines are shared by two
@@ -51,7 +52,9 @@ inline int64_t cache_bytes() {
   return (l2 > 0 ? l2 : 1 << 20) / 4 * 3;
 }
 
-inline bool is_large(const Shape& s, int64_t size) { return s.numel() * size >= stream_bytes; }
+inline bool is_large(const Shape& s, int64_t size) {
+  return s.numel() * size >= (size < 4 ? stream_short_bytes : stream_bytes);
+}
 // In elements: large inputs have left the cache since their sums were taken.
 inline int64_t in_order_ahead(const Shape& s, int64_t size) {
   return is_large(s, size) ? ahead_bytes / size : 0;
