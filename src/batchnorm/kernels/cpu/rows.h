@@ -339,9 +339,18 @@ template <bool Halves, class S, class Step>
   }
 }
 
-// Whether the sums of the next run, taken meanwhile, leave the registers room: not around an exp.
-template <class S, Activation A>
-constexpr bool is_light = A == Activation::none || Act<S, A>::has_gate;
+// Whether the registers have room for the sums of the next run: not beside an exp, nor, where there are
+// sixteen, beside what widens and rounds.
+#if defined(__AVX512F__)
+constexpr int64_t least_light_bytes = 2;
+#elif defined(__AVX2__)
+constexpr int64_t least_light_bytes = 4;
+#else
+constexpr int64_t least_light_bytes = 16;
+#endif
+template <class T, Activation A>
+constexpr bool is_light = sizeof(T) >= least_light_bytes &&
+                          (A == Activation::none || Act<Simd<T>, A>::has_gate);
 
 // Also: `run` is one of several that are written together, each with the sums of one further on.
 template <class T, Activation A, bool Residual, bool Gate, bool Also, class Of>
@@ -467,7 +476,7 @@ struct ForwardLoops {
   static void in_planes(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
                         int64_t runs, const Channel<C>* channels, const Following<S>& f, bool past) {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
-      normalize_run<T, A, Residual, Gate, is_light<S, A>>(x + o, moved(r, o), y + o,
+      normalize_run<T, A, Residual, Gate, is_light<T, A>>(x + o, moved(r, o), y + o,
                                                           moved(gate, c * gate_row), len,
                                                           OfChannel<S>(channels[c]), f, c, past);
   }
@@ -478,7 +487,7 @@ struct ForwardLoops {
   }
   template <Activation A, bool Residual, bool Gate>
   static ForwardLoops of() {
-    return {in_planes<A, Residual, Gate>, in_columns<A, Residual, Gate>, Gate, is_light<S, A>};
+    return {in_planes<A, Residual, Gate>, in_columns<A, Residual, Gate>, Gate, is_light<T, A>};
   }
 };
 
@@ -503,7 +512,7 @@ struct BackwardLoops {
   bool residual, gate, also;
 
   template <Activation A, Preactivation P>
-  static constexpr bool takes_sums = is_light<S, A> && P != Preactivation::from_residual;
+  static constexpr bool takes_sums = is_light<T, A> && P != Preactivation::from_residual;
 
   // The runs are ld elements apart: where a block is part of a row, more than their length. Of each
   // there are some rows, as many runs apart as there are channels.
