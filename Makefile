@@ -20,7 +20,7 @@ check: $(READY)
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build
 
 # Python changes are seen at once (editable install); new packages, the build and web/ install again.
-SOURCES := $(shell find src -name __init__.py) $(wildcard src/batchnorm/kernels/cpu/*) $(shell find web -path web/node_modules -prune -o -type f -print)
+SOURCES := $(shell find src -name __init__.py) $(wildcard src/batchnorm/kernels/cpu/* src/batchnorm/kernels/autograd/*) $(shell find web -path web/node_modules -prune -o -type f -print)
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from batchnorm.kernels import load_cpu
+from batchnorm.kernels import load_autograd, load_cpu
 from batchnorm.ops.schemas import NAMES, library
 
-__all__ = ["kernels"]
+__all__ = ["compiled_calls", "kernels"]
 
 LEAST_TRITON = (3, 6)
 # As released, and as torch's nightly builds bring it.
@@ -73,13 +73,21 @@ def _served(load: Callable[[], str]) -> str:
         return f"reference ({missing})"
 
 
-_kernels = {"cpu": _served(_load_cpu), "cuda": _served(_load_cuda)}
+try:
+    compiled_calls: Any = load_autograd()
+    _autograd = f"compiled (torch {torch.__version__})"
+except ImportError as missing:
+    compiled_calls, _autograd = None, f"Python ({missing})"
+
+_kernels = {"cpu": _served(_load_cpu), "cuda": _served(_load_cuda), "autograd": _autograd}
 
 
 def kernels() -> dict[str, str]:
     """Say for each kind of device which kernels serve the ops, or why the reference does.
 
+    And whether what autograd does at a plain call is compiled too, or why Python does it.
+
     >>> sorted(kernels())
-    ['cpu', 'cuda']
+    ['autograd', 'cpu', 'cuda']
     """
     return dict(_kernels)

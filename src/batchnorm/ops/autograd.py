@@ -5,6 +5,8 @@ turn (``create_graph=True``, ``torch.func``) it is the reference instead, whose 
 operations are over the same saved inputs and outputs. Forward mode takes the reference from the
 start: autograd runs a custom jvp with forward mode off, so that a jvp of a jvp would silently
 lose its outer tangent.
+
+Plain calls are compiled where the build could (kernels/autograd); it says the same in C++.
 """
 
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 
 from batchnorm.ops import reference
+from batchnorm.ops.active import compiled_calls
 from batchnorm.ops.reference import NONE, uses_gate
 from batchnorm.ops.schemas import NAMESPACE, library
 
@@ -45,6 +48,11 @@ def _apply_here(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
+def _decline(*_: Any) -> Any:
+    """Stand for a call that is not compiled."""
+    return NotImplemented
+
+
 class _Op:
     """One op, and which of its forms a call takes."""
 
@@ -52,6 +60,7 @@ class _Op:
         self, name: str, composite: Callable[..., Any], function: type[_Function] | None = None
     ) -> None:
         self._op = getattr(_ops, name).default
+        self._compiled = getattr(compiled_calls, name, _decline)
         self._composite = composite
         self._apply = composite if function is None else function.apply
         self._apply_here = composite if function is None else _apply_here(function)
@@ -64,6 +73,9 @@ class _Op:
             return self._composite(*args)
         if _in_torch_func():
             return self._apply(*args)
+        result = self._compiled(*args)
+        if result is not NotImplemented:
+            return result
         if _requires_grad(args):
             return self._apply_here(*args)
         with _below_autograd():
@@ -225,6 +237,8 @@ training_backward = _Op("training_backward", reference.training_backward)
 backward_sums = _Op("backward_sums", reference.backward_sums)
 backward_apply = _Op("backward_apply", reference.backward_apply)
 
+_update_running = getattr(compiled_calls, "update_running", _decline)
+
 
 def update_running(
     running_mean: Tensor,
@@ -240,7 +254,7 @@ def update_running(
     # A compiler fuses plain operations; and no op takes a number of values that is a tensor.
     if torch.compiler.is_compiling() or isinstance(n, Tensor):
         reference.update_running(*arguments)
-    else:
+    elif _update_running(*arguments) is NotImplemented:
         with _below_autograd():
             _ops.update_running.default(*arguments)
         # A kernel writes past autograd, which is to notice where it saved the statistics.
