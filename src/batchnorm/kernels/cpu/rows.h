@@ -221,17 +221,28 @@ struct Lanes {
   }
 };
 
-// The derivative at z, found as P says.
+// The gradient dy where the activation passes it.
+template <class S, Activation A, class T, class N>
+inline typename S::V passed(const T* dy, typename S::M pass, N n) {
+  if constexpr (std::is_same_v<N, int> || A == Activation::leaky_relu ||
+                !requires { &S::load_where; })
+    return Act<S, A>::masked(load<S>(dy, n), pass);
+  else if constexpr (requires { N::odd; }) return S::template load_half_where<N::odd>(pass, dy);
+  else return S::load_where(pass, dy);
+}
+
+// The gradient dy through the activation at z, found as P says.
 template <class S, Activation A, Preactivation P, class Of, class T, class N>
-inline typename S::V gradient(typename S::V dy, typename S::V d, const T* r, const uint8_t* gate,
+inline typename S::V gradient(const T* dy, typename S::V d, const T* r, const uint8_t* gate,
                               const Of& of, int64_t i, N n) {
-  if constexpr (A == Activation::none) return dy;
+  if constexpr (A == Activation::none) return load<S>(dy + i, n);
   else if constexpr (P == Preactivation::from_gate) {
-    return Act<S, A>::masked(dy, S::mask(load_bits(gate, i, n)));
+    return passed<S, A>(dy + i, S::mask(load_bits(gate, i, n)), n);
   } else {
     auto z = S::fma(d, of.a(i), of.b(i));
     if constexpr (P == Preactivation::from_residual) z += load<S>(r + i, n);
-    return Act<S, A>::backward(dy, z);
+    if constexpr (Act<S, A>::has_gate) return passed<S, A>(dy + i, Act<S, A>::pass(z), n);
+    else return Act<S, A>::backward(load<S>(dy + i, n), z);
   }
 }
 
@@ -290,7 +301,7 @@ template <class T, Activation A, Preactivation P>
   using S = Simd<T>;
   return [=, &of](int64_t i, auto n, auto& s, auto& q) __attribute__((always_inline)) {
     const auto d = load<S>(x + i, n, m) - of.vm;
-    const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
+    const auto dz = gradient<S, A, P>(dy, d, r, gate, of, i, n);
     s += dz;
     q = S::fma(dz, d, q);
   };
@@ -392,7 +403,7 @@ template <class T, Activation A, Preactivation P, bool Also, class Of>
   int64_t at = 0;
   write_run<T, false>(dx, dz_out, nullptr, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
     const auto d = load<S>(x + i, n) - of.m(i);
-    const auto dz = gradient<S, A, P>(load<S>(dy + i, n), d, r, gate, of, i, n);
+    const auto dz = gradient<S, A, P>(dy, d, r, gate, of, i, n);
     return {of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), dz, 0};
   }, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     if (ahead) {
@@ -448,8 +459,8 @@ void sums_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, int6
   accumulate_columns<4, S>(rows, width, s, q, [&](int64_t row, int64_t j, auto n, auto& vs, auto& vq) {
     const int64_t o = row * ld;
     const auto d = load<S>(x + o + j, n) - of.m(j);
-    const auto dz = gradient<S, A, P>(load<S>(dy + o + j, n), d, moved(r, o),
-                                      moved(gate, row * gate_ld), of, j, n);
+    const auto dz =
+        gradient<S, A, P>(dy + o, d, moved(r, o), moved(gate, row * gate_ld), of, j, n);
     vs += dz;
     vq = S::fma(dz, d, vq);
   }, [&](int64_t row, int64_t j) {

@@ -234,6 +234,8 @@ struct Simd<float> : OfFloat {
   template <bool Past = false>
   static void store(float* p, V v) { put<Past>(p, v); }
 #if defined(__AVX512F__)
+  // Elsewhere 0, at no cost.
+  static V load_where(M m, const float* p) { return (V)_mm512_maskz_loadu_ps(m, p); }
   static V load_n(const float* p, int n, float fill) {
     return (V)_mm512_mask_loadu_ps((__m512)set(fill), (__mmask16)((1u << n) - 1), p);
   }
@@ -270,6 +272,17 @@ struct Simd<bf16> : OfFloat {
     std::memcpy(&both, p, sizeof both);
     return (V)(Odd ? both & 0xffff0000u : both << 16);
   }
+#if defined(__AVX512F__)
+  template <int Odd>
+  static V load_half_where(M m, const bf16* p) {
+    const __m512i both = _mm512_loadu_si512(p), high = _mm512_set1_epi32(0xffff0000);
+    return (V)(Odd ? _mm512_maskz_and_epi32(m, both, high) : _mm512_maskz_slli_epi32(m, both, 16));
+  }
+  static V load_where(M m, const bf16* p) {
+    const __m256i h = _mm256_loadu_si256((const __m256i*)p);
+    return (V)_mm512_maskz_slli_epi32(m, _mm512_maskz_cvtepu16_epi32(all_lanes, h), 16);
+  }
+#endif
   // GCC widens and narrows the halves of a vector and joins them, which takes several times as long
   // as the instructions there are.
 #if defined(__AVX512F__)
