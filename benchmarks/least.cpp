@@ -65,82 +65,104 @@ struct Job {
   int64_t rows, stride, length;
 };
 
-template <class S, bool Add, bool Stream, bool Ahead>
+// What is done with the next group while one is written: nothing, it is asked for, or its sums are taken
+// and the row behind is asked for.
+enum Way { plain, ahead, meanwhile };
+
+struct Sums { V s[4] = {}, q[4] = {}; };
+inline float total(const V* v) { return _mm512_reduce_add_ps(v[0] + v[1] + v[2] + v[3]); }
+
+template <class S, bool Add, bool Stream, int How>
 struct Program {
   using T = typename S::T;
 
-  // Asks for the same place of the next group.
-  static void ask(const T* p, int64_t length) {
-    if constexpr (!Ahead) return;
+  static void ask(const T* p, const Job& j) {
+    if constexpr (How == plain) return;
+    p += How == ahead ? j.length : j.stride;
     for (int64_t i = 0; i < step; i += 64 / (int64_t)sizeof(T))
-      _mm_prefetch((const char*)(p + length + i), _MM_HINT_T1);
+      _mm_prefetch((const char*)(p + i), _MM_HINT_T1);
   }
 
-  static float forward(const Job& j, int64_t group) {
-    const int64_t first = group * j.length;
-    const T *x = (const T*)j.x + first, *residual = (const T*)j.residual + first;
-    T* y = (T*)j.y + first;
-    V s[4] = {}, q[4] = {}, a, b, c, d;
+  // Adds `step` values to two of the accumulators from u on.
+  static void add(const T* x, int u, Sums& t) {
+    V a, b;
+    S::load_any(x, a, b);
+    t.s[u] += a, t.s[u + 1] += b;
+    t.q[u] = fma(a, a, t.q[u]), t.q[u + 1] = fma(b, b, t.q[u + 1]);
+  }
+  static void add(const T* x, const T* dy, V scale, V shift, int u, Sums& t) {
+    V a, b, c, d;
+    S::load_any(x, a, b);
+    S::load_any(dy, c, d);
+    c = where_positive(fma(a, scale, shift), c), d = where_positive(fma(b, scale, shift), d);
+    t.s[u] += c, t.s[u + 1] += d;
+    t.q[u] = fma(c, a, t.q[u]), t.q[u + 1] = fma(d, b, t.q[u + 1]);
+  }
+
+  // visit(offset, u): every `step` values of a group, of which u are taken in turn.
+  template <class Visit>
+  static void each(const Job& j, Visit visit) {
     for (int64_t n = 0; n < j.rows; ++n)
-      for (int64_t i = 0; i + step <= j.length; i += step) {
-        const int u = i / step % 2 * 2;
-        S::load_any(x + n * j.stride + i, a, b);
-        s[u] += a, s[u + 1] += b;
-        q[u] = fma(a, a, q[u]), q[u + 1] = fma(b, b, q[u + 1]);
+      for (int64_t i = 0; i + step <= j.length; i += step) visit(n * j.stride + i, i / step % 2 * 2);
+  }
+
+  // `known` are the sums of this group unless it is the first, and become those of the next.
+  static float forward(const Job& j, int64_t group, bool first, bool last, Sums& known) {
+    const int64_t from = group * j.length, next = How == meanwhile ? j.length : 0;
+    const T *x = (const T*)j.x + from, *residual = (const T*)j.residual + from;
+    T* y = (T*)j.y + from;
+    Sums t;
+    if (How == meanwhile && !first) t = known;
+    else each(j, [&](int64_t o, int u) { add(x + o, u, t); });
+    const V scale = _mm512_set1_ps(1 + 1e-9f * total(t.q)), shift = _mm512_set1_ps(1e-9f * total(t.s));
+    t = {};
+    each(j, [&](int64_t o, int u) {
+      V a, b, c, d;
+      ask(x + o + next, j);
+      S::load(x + o, a, b);
+      a = fma(a, scale, shift), b = fma(b, scale, shift);
+      if constexpr (Add) {
+        ask(residual + o, j);
+        S::load(residual + o, c, d);
+        a += c, b += d;
       }
-    const V scale = _mm512_set1_ps(1 + 1e-9f * _mm512_reduce_add_ps(q[0] + q[1] + q[2] + q[3]));
-    const V shift = _mm512_set1_ps(1e-9f * _mm512_reduce_add_ps(s[0] + s[1] + s[2] + s[3]));
-    for (int64_t n = 0; n < j.rows; ++n)
-      for (int64_t i = 0; i + step <= j.length; i += step) {
-        const int64_t o = n * j.stride + i;
-        ask(x + o, j.length);
-        S::load(x + o, a, b);
-        a = fma(a, scale, shift), b = fma(b, scale, shift);
-        if constexpr (Add) {
-          ask(residual + o, j.length);
-          S::load(residual + o, c, d);
-          a += c, b += d;
-        }
-        S::template store<Stream>(y + o, relu(a), relu(b));
-      }
+      S::template store<Stream>(y + o, relu(a), relu(b));
+      if (How == meanwhile && !last) add(x + o + next, u, t);
+    });
+    known = t;
     return scale[0];
   }
 
-  static float backward(const Job& j, int64_t group) {
-    const int64_t first = group * j.length;
-    const T *x = (const T*)j.x + first, *dy = (const T*)j.dy + first;
-    T *dx = (T*)j.dx + first, *dz = (T*)j.dz + first;
+  static float backward(const Job& j, int64_t group, bool first, bool last, Sums& known) {
+    const int64_t from = group * j.length, next = How == meanwhile ? j.length : 0;
+    const T *x = (const T*)j.x + from, *dy = (const T*)j.dy + from;
+    T *dx = (T*)j.dx + from, *dz = (T*)j.dz + from;
     const V scale = _mm512_set1_ps(1.5f), shift = _mm512_set1_ps(0.1f);
-    V s[2] = {}, q[2] = {}, a, b, c, d;
-    for (int64_t n = 0; n < j.rows; ++n)
-      for (int64_t i = 0; i + step <= j.length; i += step) {
-        const int64_t o = n * j.stride + i;
-        S::load_any(x + o, a, b);
-        S::load_any(dy + o, c, d);
-        c = where_positive(fma(a, scale, shift), c), d = where_positive(fma(b, scale, shift), d);
-        s[0] += c, s[1] += d;
-        q[0] = fma(c, a, q[0]), q[1] = fma(d, b, q[1]);
-      }
-    const V k = _mm512_set1_ps(1e-9f * _mm512_reduce_add_ps(q[0] + q[1]));
-    const V m = _mm512_set1_ps(1e-9f * _mm512_reduce_add_ps(s[0] + s[1]));
-    for (int64_t n = 0; n < j.rows; ++n)
-      for (int64_t i = 0; i + step <= j.length; i += step) {
-        const int64_t o = n * j.stride + i;
-        ask(x + o, j.length);
-        ask(dy + o, j.length);
-        S::load(x + o, a, b);
-        S::load(dy + o, c, d);
-        c = where_positive(fma(a, scale, shift), c), d = where_positive(fma(b, scale, shift), d);
-        if constexpr (Add) S::template store<Stream>(dz + o, c, d);
-        S::template store<Stream>(dx + o, fma(c, scale, fma(a, k, m)), fma(d, scale, fma(b, k, m)));
-      }
+    Sums t;
+    if (How == meanwhile && !first) t = known;
+    else each(j, [&](int64_t o, int u) { add(x + o, dy + o, scale, shift, u, t); });
+    const V k = _mm512_set1_ps(1e-9f * total(t.q)), m = _mm512_set1_ps(1e-9f * total(t.s));
+    t = {};
+    each(j, [&](int64_t o, int u) {
+      V a, b, c, d;
+      ask(x + o + next, j);
+      ask(dy + o + next, j);
+      S::load(x + o, a, b);
+      S::load(dy + o, c, d);
+      c = where_positive(fma(a, scale, shift), c), d = where_positive(fma(b, scale, shift), d);
+      if constexpr (Add) S::template store<Stream>(dz + o, c, d);
+      S::template store<Stream>(dx + o, fma(c, scale, fma(a, k, m)), fma(d, scale, fma(b, k, m)));
+      if (How == meanwhile && !last) add(x + o + next, dy + o + next, scale, shift, u, t);
+    });
+    known = t;
     return k[0];
   }
 
   static float run(const Job& j, int64_t begin, int64_t end) {
     float kept = 0;
-    for (int64_t g = begin; g < end; ++g) kept += forward(j, g);
-    for (int64_t g = begin; g < end; ++g) kept += backward(j, g);
+    Sums sums;
+    for (int64_t g = begin; g < end; ++g) kept += forward(j, g, g == begin, g + 1 == end, sums);
+    for (int64_t g = begin; g < end; ++g) kept += backward(j, g, g == begin, g + 1 == end, sums);
     _mm_sfence();
     return kept;
   }
@@ -148,12 +170,16 @@ struct Program {
 
 using Run = float (*)(const Job&, int64_t, int64_t);
 
+template <class S, bool Add, bool Stream>
+Run choose(int way) {
+  const Run all[] = {Program<S, Add, Stream, plain>::run, Program<S, Add, Stream, ahead>::run,
+                     Program<S, Add, Stream, meanwhile>::run};
+  return all[way];
+}
 template <class S>
-Run choose(bool add, bool stream, bool ahead) {
-  const Run all[] = {Program<S, 0, 0, 0>::run, Program<S, 0, 0, 1>::run, Program<S, 0, 1, 0>::run,
-                     Program<S, 0, 1, 1>::run, Program<S, 1, 0, 0>::run, Program<S, 1, 0, 1>::run,
-                     Program<S, 1, 1, 0>::run, Program<S, 1, 1, 1>::run};
-  return all[4 * add + 2 * stream + ahead];
+Run choose(bool add, bool stream, int way) {
+  if (add) return stream ? choose<S, true, true>(way) : choose<S, true, false>(way);
+  return stream ? choose<S, false, true>(way) : choose<S, false, false>(way);
 }
 
 }  // namespace
@@ -162,14 +188,14 @@ Run choose(bool add, bool stream, bool ahead) {
 // each, both read and write their half of `between`, as another program would that is timed in turn.
 extern "C" double least(const void* x, const void* residual, const void* dy, void* y, void* dx,
                         void* dz, int64_t rows, int64_t stride, int64_t length, int64_t groups,
-                        int narrow, int add, int stream, int ahead, char* between,
+                        int narrow, int add, int stream, int way, char* between,
                         int64_t between_bytes, int calls) {
   const Job job{x, residual, dy, y, dx, dz, rows, stride, length};
 #ifdef __AVX512BF16__
-  const Run run = narrow ? choose<BFloat16>(add, stream, ahead) : choose<Float>(add, stream, ahead);
+  const Run run = narrow ? choose<BFloat16>(add, stream, way) : choose<Float>(add, stream, way);
 #else
   if (narrow) return -1;
-  const Run run = choose<Float>(add, stream, ahead);
+  const Run run = choose<Float>(add, stream, way);
 #endif
   std::atomic<int> ready{0}, asked{0}, done{0};
   alignas(64) volatile float kept[2][16];

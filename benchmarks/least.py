@@ -2,8 +2,9 @@
 
 Forward and backward of contiguous tensors by torch eager, by ours and by the program of
 least.cpp, which does less than has to be done. That one is taken in the best of its variants (how
-many channels a group has, stores past the caches or not, the next group asked for or not), and the
-layer's call on next to no data is added to it. Two threads, a processor with AVX-512.
+many channels a group has, stores past the caches or not, the next group left, asked for or summed
+meanwhile), and the layer's call on next to no data is added to it. Two threads, a processor with
+AVX-512.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ LINE = 64  # bytes
 GROUP_BYTES = 3 << 20  # of more, nothing stays in a core's cache until it is read again
 BETWEEN = 16 << 20  # bytes that go through the caches of the cores before each call
 TURNS = 3
+WAYS = 3  # of least.cpp
 
 Least = Callable[..., float]
 Row = dict[str, Any]
@@ -60,7 +62,7 @@ class Variant:
     length: int
     groups: int
     stream: bool
-    ahead: bool
+    way: int  # of least.cpp, with the next group
 
 
 def variants(case: Case) -> list[Variant]:
@@ -71,15 +73,15 @@ def variants(case: Case) -> list[Variant]:
         widths = [2**k * row for k in range(channels.bit_length() - 1)]
         whole = [width for width in widths if width % STEP == 0]
         fit = [width for width in whole if width * samples * size <= GROUP_BYTES] or whole[:1]
-        ways = [(samples, channels * row, width, channels * row // width) for width in fit]
+        cuts = [(samples, channels * row, width, channels * row // width) for width in fit]
     else:
         # Rows as they come, half for each thread: a column is not read again before all of it was.
-        ways = [(1, 0, case.values() // 2, 2)]
+        cuts = [(1, 0, case.values() // 2, 2)]
     return [
-        Variant(*way, stream, ahead)
-        for way in ways
-        for stream, ahead in product((False, True), repeat=2)
-        if not stream or way[1] * size % LINE == way[2] * size % LINE == 0
+        Variant(*cut, stream, way)
+        for cut in cuts
+        for stream, way in product((False, True), range(WAYS))
+        if not stream or cut[1] * size % LINE == cut[2] * size % LINE == 0
     ]
 
 
@@ -98,7 +100,7 @@ def least_seconds(least: Least, case: Case, inputs: Inputs, between: Tensor) -> 
     times = []
     for v in variants(case):
         sizes = map(ctypes.c_int64, (v.rows, v.stride, v.length, v.groups))
-        how = map(int, (narrow, add, v.stream, v.ahead))
+        how = map(int, (narrow, add, v.stream, v.way))
         times.append(least(*tensors, *sizes, *how, *rest))
     if min(times) < 0:
         raise SystemExit("this processor has no AVX512_BF16: choose --only float32")
