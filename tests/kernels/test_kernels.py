@@ -33,6 +33,8 @@ def threads() -> Iterator[None]:
 
 LARGE = {
     "planes": ((8, 6, 56, 56), contiguous),
+    "planes of blocks": ((3, 9, 97, 101), contiguous),
+    "planes of chunks": ((2, 6, 260, 260), contiguous),
     "long planes": ((2, 3, 200_000), contiguous),
     "short rows": ((32, 40, 7, 7), contiguous),
     "tiny rows": ((64, 48, 2, 2), contiguous),
@@ -108,7 +110,9 @@ def test_bitwise_the_same_for_any_number_of_threads(name: str, residual: bool) -
             assert torch.equal(value, other[name]), name
 
 
-# Outputs of more than 4 MB in 16 bits: rows on lines of the cache and off them, long and short.
+# Outputs of fewer bytes are never streamed; of more than 4 MB always.
+UNSTREAMED = 512 << 10
+# More than 4 MB in 16 bits: rows on lines of the cache and off them, long and short.
 STREAMED = {
     "rows on lines": ((72, 32, 32, 32), contiguous),
     "long rows": ((28, 64, 36, 38), contiguous),
@@ -148,18 +152,21 @@ def test_streamed_outputs_are_those_of_parts_too_small_for_it(
         assert torch.equal(got["gate"], reference.pack_gate(got["y"] > 0, case.x))
     count = case.x.numel() // shape[1]
     means = got["sum_dz"] / count, got["sum_dz_xhat"] / count
-    for c0 in range(0, shape[1], part := -(-shape[1] // 12)):
-        cut = slice(c0, c0 + part)
-        x = layout(case.x[:, cut])
-        assert x.nbytes < 4 << 20
-        given = [t[cut] for t in (got["mean"], got["var"], case.weight, case.bias)]
-        z = layout(case.residual[:, cut]) if residual else None
-        y = ops.normalize(x, *given, z, case.eps, RELU)
-        assert torch.equal(got["y"][:, cut], y)
-        dz = layout((got["dz"] if residual else case.dy)[:, cut])
-        sums = [mean[cut] for mean in means]
-        dx = ops.backward_apply(dz, x, *given, *sums, case.eps, 0 if residual else RELU)
-        assert torch.equal(got["dx"][:, cut], dx)
+    given = got["mean"], got["var"], case.weight, case.bias
+
+    def cut(values: torch.Tensor) -> list[torch.Tensor]:
+        rows = values.movedim(1, -1).reshape(-1, shape[1])
+        return list(rows.split((UNSTREAMED - 1) // (dtype.itemsize * shape[1])))
+
+    residuals = cut(case.residual) if residual else None
+    parts = zip(
+        *(map(cut, (case.x, got["dz"] if residual else case.dy, got["y"], got["dx"]))), strict=True
+    )
+    for i, (x, dz, y, dx) in enumerate(parts):
+        z = residuals[i] if residuals else None
+        assert torch.equal(ops.normalize(x, *given, z, case.eps, RELU), y)
+        activation = 0 if residual else RELU
+        assert torch.equal(ops.backward_apply(dz, x, *given, *means, case.eps, activation), dx)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
