@@ -25,9 +25,11 @@ namespace batchnorm::BATCHNORM_ISA {
 constexpr int64_t block_elements = 8192;    // summed in float lanes before going to float64
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
-constexpr int64_t stream_bytes = 512 << 10;  // larger outputs go past the caches, but of 16 bits,
-constexpr int64_t stream_short_bytes = 4 << 20;  // where the next reader loses more than is saved;
-constexpr int64_t line_bytes = 64;          // in whole lines:
+// Larger outputs go past the caches; of 16 bits much larger ones, as whoever reads smaller ones next
+// loses more than is saved.
+constexpr int64_t stream_bytes = 512 << 10;
+constexpr int64_t stream_short_bytes = 4 << 20;
+constexpr int64_t line_bytes = 64;          // what goes past them does so in whole lines:
 constexpr int64_t stage_bytes = 8192;       // a piece of short rows is finished in L1 before
 constexpr int64_t long_row_bytes = 1024;    // and of longer rows few lines are shared by two
 constexpr int64_t serial_elements = 32768;  // below, waking threads costs more than the work

@@ -351,7 +351,7 @@ template <bool Halves, class S, class Step>
 }
 
 // Whether the registers have room for the sums of the next run: not beside an exp, nor, where there are
-// sixteen, beside what widens and rounds.
+// sixteen, beside what widens and rounds, nor in the baseline, whose vectors take several registers.
 #if defined(__AVX512F__)
 constexpr int64_t least_light_bytes = 2;
 #elif defined(__AVX2__)
@@ -365,8 +365,9 @@ constexpr bool is_light = sizeof(T) >= least_light_bytes &&
 
 // Also: `run` is one of several that are written together, each with the sums of one further on.
 template <class T, Activation A, bool Residual, bool Gate, bool Also, class Of>
-[[gnu::always_inline]] inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Of of,
-                          const Following<Simd<T>>& f, int64_t run, bool past) {
+[[gnu::always_inline]] inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate,
+                                                 int64_t len, Of of, const Following<Simd<T>>& f,
+                                                 int64_t run, bool past) {
   using S = Simd<T>;
   const bool also = Also && run < f.count;
   const int64_t ahead = f.ahead, by = f.by;
@@ -389,8 +390,9 @@ template <class T, Activation A, bool Residual, bool Gate, bool Also, class Of>
 }
 
 template <class T, Activation A, Preactivation P, bool Also, class Of>
-[[gnu::always_inline]] inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz_out,
-                      int64_t len, Of of, const Following<Simd<T>>& f, int64_t run, bool past) {
+[[gnu::always_inline]] inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate,
+                                             T* dx, T* dz_out, int64_t len, Of of,
+                                             const Following<Simd<T>>& f, int64_t run, bool past) {
   using S = Simd<T>;
   const bool also = Also && run < f.count;
   const int64_t ahead = f.ahead, by = f.by;

@@ -234,7 +234,7 @@ struct Simd<float> : OfFloat {
   template <bool Past = false>
   static void store(float* p, V v) { put<Past>(p, v); }
 #if defined(__AVX512F__)
-  // Elsewhere 0, at no cost.
+  // The values in m, elsewhere 0: the load takes the mask along at no cost.
   static V load_where(M m, const float* p) { return (V)_mm512_maskz_loadu_ps(m, p); }
   static V load_n(const float* p, int n, float fill) {
     return (V)_mm512_mask_loadu_ps((__m512)set(fill), (__mmask16)((1u << n) - 1), p);
