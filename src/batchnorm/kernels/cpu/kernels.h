@@ -420,8 +420,9 @@ void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& l
       JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
       for (int64_t r = k.row; r < k.row + k.rows; ++r) {
         const int64_t o = planes.offset(r, c0);
-        loops.columns(x + o, moved(residual, o), (T*)f.y + o, joined.gate, (c1 - c0) * p.shape.s,
-                      joined.coefficients(), following.ahead, stream);
+        loops.columns(x + o, moved(residual, o), (T*)f.y + o, joined.gate,
+                      {1, (c1 - c0) * p.shape.s, 0, 0}, joined.coefficients(), following.ahead,
+                      stream);
         if (loops.gate)
           pad_rows(joined.gate, f.gate + (r * p.shape.c + c0) * gate_row, p.shape.s, c1 - c0);
       }
@@ -501,8 +502,8 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
         const int64_t o = planes.offset(r, c0);
         if (loops.gate) join_rows(gate(r, c0, 0), joined.gate, p.shape.s, c1 - c0);
         loops.columns(dy + o, x + o, moved(residual, o), joined.gate, moved((T*)f.dx, o),
-                      moved((T*)f.dz, o), (c1 - c0) * p.shape.s, joined.coefficients(),
-                      following.ahead, stream);
+                      moved((T*)f.dz, o), {1, (c1 - c0) * p.shape.s, 0, 0},
+                      joined.coefficients(), following.ahead, stream);
       }
       return;
     }
@@ -586,7 +587,7 @@ struct Columns {
   int64_t c, span, width, rows, tail, chunk_rows, chunks;
 };
 
-// first: part(j0, j1, chunk); finish(j0, j1); second: apply(j0, j1, chunk).
+// first: part(j0, j1, chunk); finish(j0, j1); second: apply(j0, j1, chunk, whether that is in cache).
 template <class Part, class Finish, class Apply>
 void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t size, bool first,
                    bool second, Part part, Finish finish, Apply apply) {
@@ -609,7 +610,7 @@ void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t 
         const int64_t j0 = t * narrow, j1 = std::min(j0 + narrow, k.width);
         for (int64_t i = 0; i < k.chunks; ++i) part(j0, j1, i);
         finish(j0, j1);
-        for (int64_t i = k.chunks - 1; i >= 0; --i) apply(j0, j1, i);
+        for (int64_t i = k.chunks - 1; i >= 0; --i) apply(j0, j1, i, true);
       }
       stream_fence();
     });
@@ -617,9 +618,9 @@ void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t 
   }
   const int64_t wide = whole_channels(tile_columns);
   const int64_t tiles = ceil_div(k.width, wide);
-  auto each = [&](int64_t i, auto visit) {
+  auto each = [&](int64_t i, auto visit, auto... more) {
     const int64_t j0 = i % tiles * wide;
-    visit(j0, std::min(j0 + wide, k.width), i / tiles);
+    visit(j0, std::min(j0 + wide, k.width), i / tiles, more...);
   };
   if (first) {
     parallel(p, tiles * k.chunks, [&](int64_t begin, int64_t end) {
@@ -632,7 +633,7 @@ void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t 
   }
   if (second)
     parallel(p, tiles * k.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t i = end - 1; i >= begin; --i) each(i, apply);
+      for (int64_t i = end - 1; i >= begin; --i) each(i, apply, false);
       stream_fence();
     });
 }
@@ -798,27 +799,26 @@ inline Moments pool_columns(const Columns& k, int64_t j, int64_t j1, const doubl
   return {count, centre + shift, within + between};
 }
 
-// Calls run(offset, row, len, out, past) for the rows of a chunk, and streams what it writes when
-// asked. Rows that are whole are joined into longer pieces.
+// Calls run(offset, row, rows, len, out, past) for the rows of a chunk, and streams what it writes when
+// asked. Several at a time where they are in cache, which is not read in order then, or fit the stage.
 template <class T, class Run>
-void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool stream, bool gate,
-                   const Outputs<T>& outputs, Run run) {
+void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool cached, bool stream,
+                   bool gate, const Outputs<T>& outputs, Run run) {
   Stage<T> stage;
   const int64_t width = j1 - j0;
-  const int64_t joined =
-      width == k.width ? std::max<int64_t>(1, stage_elements(sizeof(T)) / width) : 1;
   const int64_t begin = k.begin(chunk), end = begin + k.count(chunk), size = sizeof(T);
   const bool past = stream && in_lines(outputs.at(j0), k.width * size, width * size, gate);
   const bool staged = stream && !past;
   auto piece = [&](int64_t row, int64_t rows, int64_t len) {
     const int64_t start = row * k.width + j0;
     const Outputs<T> to = outputs.at(start), out = staged ? stage.instead_of(to) : to;
-    for (int64_t r = 0; r < rows; ++r)
-      run(start + r * k.width, row + r, len, out.at(r * width), past);
+    run(start, row, rows, len, out, past);
     if (staged) stage.flush(to, (rows - 1) * width + len);
   };
-  for (int64_t row = begin; row < end; row += joined) piece(row, std::min(joined, end - row), width);
-  if (const int64_t some = k.left(chunk, j0, j1)) piece(k.rows, 1, some);
+  const int64_t fit = std::max<int64_t>(1, stage_elements(sizeof(T)) / width);
+  const int64_t some = (staged ? width == k.width : cached) ? fit : 1;
+  for (int64_t row = begin; row < end; row += some) piece(row, std::min(some, end - row), width);
+  if (const int64_t rest = k.left(chunk, j0, j1)) piece(k.rows, 1, rest);
 }
 
 template <class T>
@@ -852,13 +852,14 @@ void forward_columns(const Problem& p, const Forward& f, const ForwardLoops<T>& 
         });
         if (normalize) coefficients.fill(j0, j1, coefficient);
       },
-      [&](int64_t j0, int64_t j1, int64_t i) {
+      [&](int64_t j0, int64_t j1, int64_t i, bool cached) {
         column_pieces<T>(
-            k, j0, j1, i, stream, loops.gate, {(T*)f.y, nullptr},
-            [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out, bool past) {
+            k, j0, j1, i, cached, stream, loops.gate, {(T*)f.y, nullptr},
+            [&](int64_t o, int64_t row, int64_t rows, int64_t len, const Outputs<T>& out, bool past) {
               loops.columns(x + o, moved(residual, o), out.first,
-                            loops.gate ? f.gate + row * k.gate_row() + j0 / 8 : nullptr, len,
-                            coefficients.refer(j0), ahead, past);
+                            loops.gate ? f.gate + row * k.gate_row() + j0 / 8 : nullptr,
+                            {rows, len, k.width, k.gate_row()}, coefficients.refer(j0), ahead,
+                            past);
             });
       });
 }
@@ -913,12 +914,13 @@ void backward_columns(const Problem& p, const Backward& f, const BackwardLoops<T
         });
         coefficients.fill(j0, j1, coefficient);
       },
-      [&](int64_t j0, int64_t j1, int64_t i) {
+      [&](int64_t j0, int64_t j1, int64_t i, bool cached) {
         column_pieces<T>(
-            k, j0, j1, i, stream, loops.gate, {(T*)f.dx, (T*)f.dz},
-            [&](int64_t o, int64_t row, int64_t len, const Outputs<T>& out, bool past) {
+            k, j0, j1, i, cached, stream, loops.gate, {(T*)f.dx, (T*)f.dz},
+            [&](int64_t o, int64_t row, int64_t rows, int64_t len, const Outputs<T>& out, bool past) {
               loops.columns(dy + o, x + o, moved(residual, o), gate(row, j0), out.first, out.second,
-                            len, coefficients.refer(j0), ahead, past);
+                            {rows, len, k.width, k.gate_row()}, coefficients.refer(j0), ahead,
+                            past);
             });
       });
 }

@@ -44,28 +44,26 @@ struct Coefficients {
   const C *m, *a, *b, *k, *c;
 };
 
-// The coefficients as vectors: of one channel, held in registers, or of the columns from i on.
+// The coefficients as vectors,
+template <class S>
+struct Held {
+  typename S::V m, a, b, k, c;
+};
+// of one channel, the same for every element, or of the columns from i on.
 template <class S>
 struct OfChannel {
-  using V = typename S::V;
   explicit OfChannel(const Channel<typename S::C>& v)
-      : vm(S::set(v.m)), va(S::set(v.a)), vb(S::set(v.b)), vk(S::set(v.k)), vc(S::set(v.c)) {}
-  V m(int64_t) const { return vm; }
-  V a(int64_t) const { return va; }
-  V b(int64_t) const { return vb; }
-  V k(int64_t) const { return vk; }
-  V c(int64_t) const { return vc; }
-  V vm, va, vb, vk, vc;
+      : held{S::set(v.m), S::set(v.a), S::set(v.b), S::set(v.k), S::set(v.c)} {}
+  const Held<S>& at(int64_t) const { return held; }
+  Held<S> held;
 };
 template <class S>
 struct OfColumns {
-  using V = typename S::V;
   explicit OfColumns(const Coefficients<typename S::C>& p) : p(p) {}
-  V m(int64_t i) const { return S::load_c(p.m + i); }
-  V a(int64_t i) const { return S::load_c(p.a + i); }
-  V b(int64_t i) const { return S::load_c(p.b + i); }
-  V k(int64_t i) const { return S::load_c(p.k + i); }
-  V c(int64_t i) const { return S::load_c(p.c + i); }
+  Held<S> at(int64_t i) const {
+    return {S::load_c(p.m + i), S::load_c(p.a + i), S::load_c(p.b + i), S::load_c(p.k + i),
+            S::load_c(p.c + i)};
+  }
   const Coefficients<typename S::C>& p;
 };
 
@@ -152,6 +150,9 @@ inline void store_four(T* p, V a, V b, V c, V d) {
   S::template store<Past>(p + 3 * S::W, d);
 }
 
+template <class T>
+inline T* moved(T* p, int64_t by) { return p ? p + by : p; }
+
 // What is written at an element: y, or dx and dz, and the bits of the gate.
 template <class V>
 struct Written { V first, second; uint32_t bits; };
@@ -208,8 +209,63 @@ template <class T, bool Gate, class Value, class Next>
   each_vector<W>(begin, len, ordinary);
 }
 
-template <class T>
-inline T* moved(T* p, int64_t by) { return p ? p + by : p; }
+
+// Rows of `len` elements, ld apart, and their gates.
+struct Rows {
+  int64_t count, len, ld, gate_ld;
+};
+
+// The same for rows: value_of(row)(i, n, coefficients), next(row, i, n). The
+// coefficients of four vectors of columns stay in registers for all rows.
+template <class T, bool Gate, class ValueOf, class Next>
+[[gnu::always_inline]] inline void write_rows(T* first, T* second, uint8_t* gate, const Rows& k,
+                                              bool past, const OfColumns<Simd<T>>& of,
+                                              ValueOf value_of, Next next) {
+  using S = Simd<T>;
+  constexpr int W = S::W;
+  constexpr std::integral_constant<int, W> full;
+  const uintptr_t starts = (uintptr_t)first | (uintptr_t)second | (uintptr_t)(k.ld * sizeof(T));
+  int64_t begin = 0;
+  if (k.count > 1 && (!past || starts % 64 == 0))
+    for (; begin + 4 * W <= k.len; begin += 4 * W) {
+      const Held<S> held[] = {of.at(begin), of.at(begin + W), of.at(begin + 2 * W),
+                              of.at(begin + 3 * W)};
+      for (int64_t row = 0; row < k.count; ++row) {
+        const int64_t o = row * k.ld + begin;
+        const auto value = value_of(row);
+        next(row, begin, 4 * W);
+        const Written<typename S::V> v[] = {
+            value(begin, full, held[0]), value(begin + W, full, held[1]),
+            value(begin + 2 * W, full, held[2]), value(begin + 3 * W, full, held[3])};
+        auto write = [&](auto p) __attribute__((always_inline)) {
+          constexpr bool Past = decltype(p)::value;
+          if (second)
+            store_four<S, Past>(second + o, v[0].second, v[1].second, v[2].second, v[3].second);
+          if (first)
+            store_four<S, Past>(first + o, v[0].first, v[1].first, v[2].first, v[3].first);
+        };
+        if (past) write(std::true_type{});
+        else write(std::false_type{});
+        if constexpr (Gate) {
+          uint64_t bits = 0;
+          for (int u = 0; u < 4; ++u) bits |= (uint64_t)v[u].bits << (u * W);
+          std::memcpy(gate + row * k.gate_ld + begin / 8, &bits, W / 2);
+        }
+      }
+    }
+  if (begin < k.len)
+    for (int64_t row = 0; row < k.count; ++row) {
+      const int64_t o = row * k.ld + begin;
+      const auto value = value_of(row);
+      write_run<T, Gate>(
+          moved(first, o), moved(second, o), moved(gate, row * k.gate_ld + begin / 8), k.len - begin,
+          past,
+          [&](int64_t i, auto n) __attribute__((always_inline)) {
+            return value(begin + i, n, of.at(begin + i));
+          },
+          [&](int64_t i, int64_t n) __attribute__((always_inline)) { next(row, begin + i, n); });
+    }
+}
 
 // Sums of one channel: float lanes over a block, the block into float64.
 template <class S>
@@ -232,14 +288,14 @@ inline typename S::V passed(const T* dy, typename S::M pass, N n) {
 }
 
 // The gradient dy through the activation at z, found as P says.
-template <class S, Activation A, Preactivation P, class Of, class T, class N>
+template <class S, Activation A, Preactivation P, class T, class N>
 inline typename S::V gradient(const T* dy, typename S::V d, const T* r, const uint8_t* gate,
-                              const Of& of, int64_t i, N n) {
+                              const Held<S>& of, int64_t i, N n) {
   if constexpr (A == Activation::none) return load<S>(dy + i, n);
   else if constexpr (P == Preactivation::from_gate) {
     return passed<S, A>(dy + i, S::mask(load_bits(gate, i, n)), n);
   } else {
-    auto z = S::fma(d, of.a(i), of.b(i));
+    auto z = S::fma(d, of.a, of.b);
     if constexpr (P == Preactivation::from_residual) z += load<S>(r + i, n);
     if constexpr (Act<S, A>::has_gate) return passed<S, A>(dy + i, Act<S, A>::pass(z), n);
     else return Act<S, A>::backward(load<S>(dy + i, n), z);
@@ -297,10 +353,10 @@ template <class T>
 }
 template <class T, Activation A, Preactivation P>
 [[gnu::always_inline]] inline auto sums_step(const T* dy, const T* x, const T* r, const uint8_t* gate,
-                                             const OfChannel<Simd<T>>& of, typename Simd<T>::C m) {
+                                             const Held<Simd<T>>& of, typename Simd<T>::C m) {
   using S = Simd<T>;
   return [=, &of](int64_t i, auto n, auto& s, auto& q) __attribute__((always_inline)) {
-    const auto d = load<S>(x + i, n, m) - of.vm;
+    const auto d = load<S>(x + i, n, m) - of.m;
     const auto dz = gradient<S, A, P>(dy, d, r, gate, of, i, n);
     s += dz;
     q = S::fma(dz, d, q);
@@ -323,7 +379,8 @@ inline void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, i
   const OfChannel<Simd<T>> of(channel);
   accumulate<any_order<P>>(rows, len, lanes, [&](int64_t row) {
     const int64_t o = row * ld;
-    return sums_step<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, row * gate_ld), of, channel.m);
+    return sums_step<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, row * gate_ld), of.held,
+                              channel.m);
   });
 }
 
@@ -363,11 +420,32 @@ template <class T, Activation A>
 constexpr bool is_light = sizeof(T) >= least_light_bytes &&
                           (A == Activation::none || Act<Simd<T>, A>::has_gate);
 
+template <class T, Activation A, bool Residual>
+[[gnu::always_inline]] inline auto normalized(const T* x, const T* r) {
+  using S = Simd<T>;
+  return [=](int64_t i, auto n, const Held<S>& of) __attribute__((always_inline)) {
+    auto z = S::fma(load<S>(x + i, n) - of.m, of.a, of.b);
+    if constexpr (Residual) z += load<S>(r + i, n);
+    return Written<typename S::V>{Act<S, A>::forward(z), z, S::bits(Act<S, A>::pass(z))};
+  };
+}
+template <class T, Activation A, Preactivation P>
+[[gnu::always_inline]] inline auto gradients(const T* dy, const T* x, const T* r,
+                                             const uint8_t* gate) {
+  using S = Simd<T>;
+  return [=](int64_t i, auto n, const Held<S>& of) __attribute__((always_inline)) {
+    const auto d = load<S>(x + i, n) - of.m;
+    const auto dz = gradient<S, A, P>(dy, d, r, gate, of, i, n);
+    return Written<typename S::V>{of.a * (dz + S::fma(d, of.k, of.c)), dz, 0};
+  };
+}
+
 // Also: `run` is one of several that are written together, each with the sums of one further on.
-template <class T, Activation A, bool Residual, bool Gate, bool Also, class Of>
+template <class T, Activation A, bool Residual, bool Gate, bool Also>
 [[gnu::always_inline]] inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate,
-                                                 int64_t len, Of of, const Following<Simd<T>>& f,
-                                                 int64_t run, bool past) {
+                                                 int64_t len, const OfChannel<Simd<T>>& of,
+                                                 const Following<Simd<T>>& f, int64_t run,
+                                                 bool past) {
   using S = Simd<T>;
   const bool also = Also && run < f.count;
   const int64_t ahead = f.ahead, by = f.by;
@@ -375,10 +453,9 @@ template <class T, Activation A, bool Residual, bool Gate, bool Also, class Of>
   Lanes<S> lanes;
   if (also) lanes = f.lanes[run];
   int64_t at = 0;
-  write_run<T, Gate>(y, (T*)nullptr, gate, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
-    auto z = S::fma(load<S>(x + i, n) - of.m(i), of.a(i), of.b(i));
-    if constexpr (Residual) z += load<S>(r + i, n);
-    return {Act<S, A>::forward(z), z, S::bits(Act<S, A>::pass(z))};
+  const auto value = normalized<T, A, Residual>(x, r);
+  write_run<T, Gate>(y, (T*)nullptr, gate, len, past, [&](int64_t i, auto n) __attribute__((always_inline)) {
+    return value(i, n, of.held);
   }, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     if (ahead) {
       fetch(x + i + by + ahead, n * sizeof(T));
@@ -389,24 +466,24 @@ template <class T, Activation A, bool Residual, bool Gate, bool Also, class Of>
   if (also) f.lanes[run] = lanes;
 }
 
-template <class T, Activation A, Preactivation P, bool Also, class Of>
+template <class T, Activation A, Preactivation P, bool Also>
 [[gnu::always_inline]] inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate,
-                                             T* dx, T* dz_out, int64_t len, Of of,
+                                             T* dx, T* dz, int64_t len,
+                                             const OfChannel<Simd<T>>& of,
                                              const Following<Simd<T>>& f, int64_t run, bool past) {
   using S = Simd<T>;
   const bool also = Also && run < f.count;
   const int64_t ahead = f.ahead, by = f.by;
   const Channel<typename S::C> channel = also ? f.channels[run] : Channel<typename S::C>{};
   const OfChannel<S> next(channel);
-  const auto step = sums_step<T, A, P>(dy + by, x + by, moved(r, by), moved(gate, f.gate_by), next,
-                                       channel.m);
+  const auto step = sums_step<T, A, P>(dy + by, x + by, moved(r, by), moved(gate, f.gate_by),
+                                       next.held, channel.m);
   Lanes<S> lanes;
   if (also) lanes = f.lanes[run];
   int64_t at = 0;
-  write_run<T, false>(dx, dz_out, nullptr, len, past, [&](int64_t i, auto n) -> Written<typename S::V> {
-    const auto d = load<S>(x + i, n) - of.m(i);
-    const auto dz = gradient<S, A, P>(dy, d, r, gate, of, i, n);
-    return {of.a(i) * (dz + S::fma(d, of.k(i), of.c(i))), dz, 0};
+  const auto value = gradients<T, A, P>(dy, x, r, gate);
+  write_run<T, false>(dx, dz, nullptr, len, past, [&](int64_t i, auto n) __attribute__((always_inline)) {
+    return value(i, n, of.held);
   }, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     if (ahead) {
       fetch(x + i + by + ahead, n * sizeof(T));
@@ -460,9 +537,10 @@ void sums_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, int6
   const OfColumns<S> of(p);
   accumulate_columns<4, S>(rows, width, s, q, [&](int64_t row, int64_t j, auto n, auto& vs, auto& vq) {
     const int64_t o = row * ld;
-    const auto d = load<S>(x + o + j, n) - of.m(j);
+    const auto held = of.at(j);
+    const auto d = load<S>(x + o + j, n) - held.m;
     const auto dz =
-        gradient<S, A, P>(dy + o, d, moved(r, o), moved(gate, row * gate_ld), of, j, n);
+        gradient<S, A, P>(dy + o, d, moved(r, o), moved(gate, row * gate_ld), held, j, n);
     vs += dz;
     vq = S::fma(dz, d, vq);
   }, [&](int64_t row, int64_t j) {
@@ -479,7 +557,7 @@ struct ForwardLoops {
   using C = typename S::C;
   using Planes = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, int64_t gate_row,
                       int64_t runs, const Channel<C>* channels, const Following<S>&, bool past);
-  using Columns = void(const T* x, const T* r, T* y, uint8_t* gate, int64_t len, Coefficients<C>,
+  using Columns = void(const T* x, const T* r, T* y, uint8_t* gate, const Rows&, Coefficients<C>,
                        int64_t ahead, bool past);
   Planes* planes;
   Columns* columns;
@@ -494,9 +572,16 @@ struct ForwardLoops {
                                                           OfChannel<S>(channels[c]), f, c, past);
   }
   template <Activation A, bool Residual, bool Gate>
-  static void in_columns(const T* x, const T* r, T* y, uint8_t* gate, int64_t len,
+  static void in_columns(const T* x, const T* r, T* y, uint8_t* gate, const Rows& k,
                          Coefficients<C> p, int64_t ahead, bool past) {
-    normalize_run<T, A, Residual, Gate, false>(x, r, y, gate, len, OfColumns<S>(p), {ahead}, 0, past);
+    write_rows<T, Gate>(
+        y, (T*)nullptr, gate, k, past, OfColumns<S>(p),
+        [&](int64_t row) { return normalized<T, A, Residual>(x + row * k.ld, moved(r, row * k.ld)); },
+        [&](int64_t row, int64_t i, int64_t n) __attribute__((always_inline)) {
+          if (!ahead) return;
+          fetch(x + row * k.ld + i + ahead, n * sizeof(T));
+          if constexpr (Residual) fetch(r + row * k.ld + i + ahead, n * sizeof(T));
+        });
   }
   template <Activation A, bool Residual, bool Gate>
   static ForwardLoops of() {
@@ -517,7 +602,7 @@ struct BackwardLoops {
                       int64_t len, int64_t gate_row, int64_t runs, const Channel<C>*,
                       const Following<S>&, bool past);
   using Columns = void(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
-                       int64_t len, Coefficients<C>, int64_t ahead, bool past);
+                       const Rows&, Coefficients<C>, int64_t ahead, bool past);
   Sums* sums;
   ColumnSums* column_sums;
   Planes* planes;
@@ -548,8 +633,18 @@ struct BackwardLoops {
   }
   template <Activation A, Preactivation P>
   static void in_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
-                         int64_t len, Coefficients<C> p, int64_t ahead, bool past) {
-    apply_run<T, A, P, false>(dy, x, r, gate, dx, dz, len, OfColumns<S>(p), {ahead}, 0, past);
+                         const Rows& k, Coefficients<C> p, int64_t ahead, bool past) {
+    write_rows<T, false>(
+        dx, dz, nullptr, k, past, OfColumns<S>(p),
+        [&](int64_t row) {
+          const int64_t o = row * k.ld;
+          return gradients<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, row * k.gate_ld));
+        },
+        [&](int64_t row, int64_t i, int64_t n) __attribute__((always_inline)) {
+          if (!ahead) return;
+          fetch(x + row * k.ld + i + ahead, n * sizeof(T));
+          fetch(dy + row * k.ld + i + ahead, n * sizeof(T));
+        });
   }
   template <Activation A, Preactivation P>
   static BackwardLoops of() {
