@@ -40,7 +40,8 @@ constexpr int64_t ahead_bytes = 4096;       // how far ahead large inputs are as
 constexpr int64_t joined_rows = 8;          // planes: rows of a channel that are summed together,
 constexpr int64_t joined_elements = 1024;   // up to so many elements
 constexpr int64_t joined_run = 64;          // planes: shorter rows are written together, as columns are,
-constexpr int64_t joined_visits = 16;       // if there are so many to pay for their coefficients
+constexpr int64_t joined_visits = 16;       // if there are so many to pay for their coefficients,
+constexpr int64_t joined_at_once = 4;       // which the shortest load once for so many rows
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -391,7 +392,8 @@ struct JoinedRows {
     const bool in_bytes = s.c * s.s % 8 == 0 && c0 * s.s % 8 == 0;
     return few && (!gate || in_bytes) && c1 - c0 > 1 && k.rows >= joined_visits;
   }
-  JoinedRows(const Channel<C>* v, int64_t channels, int64_t s) {
+  JoinedRows(const Channel<C>* v, int64_t channels, int64_t s)
+      : at_once(s < joined_run ? joined_at_once : 1) {
     for (int64_t c = 0; c < channels; ++c) {
       const C values[] = {v[c].m, v[c].a, v[c].b, v[c].k, v[c].c};
       for (int u = 0; u < 5; ++u) std::fill(data[u] + c * s, data[u] + (c + 1) * s, values[u]);
@@ -399,7 +401,9 @@ struct JoinedRows {
   }
   Coefficients<C> coefficients() const { return {data[0], data[1], data[2], data[3], data[4]}; }
   alignas(64) C data[5][stage_elements(sizeof(T)) + 16];  // the last vector is read whole
-  uint8_t gate[stage_elements(sizeof(T)) / 8 + 8];        // and the last bits by the word
+  static constexpr int64_t gate_bytes = stage_elements(sizeof(T)) / 8 + 8;  // and the last bits by the word
+  uint8_t gate[joined_at_once][gate_bytes];
+  const int64_t at_once;
 };
 
 template <class T>
@@ -418,13 +422,16 @@ void forward_planes(const Problem& p, const Forward& f, const ForwardLoops<T>& l
                    const Following<Simd<T>>& following, auto after) {
     if (join) {
       JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
-      for (int64_t r = k.row; r < k.row + k.rows; ++r) {
+      for (int64_t r = k.row; r < k.row + k.rows; r += joined.at_once) {
         const int64_t o = planes.offset(r, c0);
-        loops.columns(x + o, moved(residual, o), (T*)f.y + o, joined.gate,
-                      {1, (c1 - c0) * p.shape.s, 0, 0}, joined.coefficients(), following.ahead,
-                      stream);
+        const int64_t some = std::min(joined.at_once, k.row + k.rows - r);
+        loops.columns(x + o, moved(residual, o), (T*)f.y + o, joined.gate[0],
+                      {some, (c1 - c0) * p.shape.s, p.shape.c * p.shape.s, joined.gate_bytes},
+                      joined.coefficients(), following.ahead, stream);
         if (loops.gate)
-          pad_rows(joined.gate, f.gate + (r * p.shape.c + c0) * gate_row, p.shape.s, c1 - c0);
+          for (int64_t u = 0; u < some; ++u)
+            pad_rows(joined.gate[u], f.gate + ((r + u) * p.shape.c + c0) * gate_row, p.shape.s,
+                     c1 - c0);
       }
       return;
     }
@@ -498,11 +505,15 @@ void backward_planes(const Problem& p, const Backward& f, const BackwardLoops<T>
                    const Following<S>& following, auto after) {
     if (join) {
       JoinedRows<T> joined(&channels[c0], c1 - c0, p.shape.s);
-      for (int64_t r = k.row; r < k.row + k.rows; ++r) {
+      for (int64_t r = k.row; r < k.row + k.rows; r += joined.at_once) {
         const int64_t o = planes.offset(r, c0);
-        if (loops.gate) join_rows(gate(r, c0, 0), joined.gate, p.shape.s, c1 - c0);
-        loops.columns(dy + o, x + o, moved(residual, o), joined.gate, moved((T*)f.dx, o),
-                      moved((T*)f.dz, o), {1, (c1 - c0) * p.shape.s, 0, 0},
+        const int64_t some = std::min(joined.at_once, k.row + k.rows - r);
+        if (loops.gate)
+          for (int64_t u = 0; u < some; ++u)
+            join_rows(gate(r + u, c0, 0), joined.gate[u], p.shape.s, c1 - c0);
+        loops.columns(dy + o, x + o, moved(residual, o), joined.gate[0], moved((T*)f.dx, o),
+                      moved((T*)f.dz, o),
+                      {some, (c1 - c0) * p.shape.s, p.shape.c * p.shape.s, joined.gate_bytes},
                       joined.coefficients(), following.ahead, stream);
       }
       return;
