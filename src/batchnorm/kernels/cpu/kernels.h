@@ -22,7 +22,7 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-constexpr int64_t block_elements = 8192;    // summed in float lanes before going to float64
+constexpr int64_t block_elements = 4096;    // summed in float lanes before going to float64
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
 // Larger outputs go past the caches; of 16 bits much larger ones, as whoever reads smaller ones next

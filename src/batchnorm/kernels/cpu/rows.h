@@ -72,9 +72,17 @@ inline void store_bits(uint8_t* gate, int64_t i, uint32_t bits, int n) {
   if (bytes == 2) std::memcpy(gate + i / 8, &bits, 2);  // little-endian, as every target here
   else gate[i / 8] = (uint8_t)bits;
 }
-inline uint32_t load_bits(const uint8_t* gate, int64_t i, int n) {
-  uint32_t bits = gate[i / 8];
-  if (n > 8) bits |= (uint32_t)gate[i / 8 + 1] << 8;
+// By one load where n is a constant: GCC does not join two.
+template <class N>
+inline uint32_t load_bits(const uint8_t* gate, int64_t i, N n) {
+  gate += (uint64_t)i / 8;
+  uint32_t bits = 0;
+  if constexpr (!std::is_same_v<N, int>) {
+    std::memcpy(&bits, gate, N::value / 8);
+  } else {
+    bits = gate[0];
+    if (n > 8) bits |= (uint32_t)gate[1] << 8;
+  }
   return bits;
 }
 
@@ -267,13 +275,14 @@ template <class T, bool Gate, class ValueOf, class Next>
     }
 }
 
-// Sums of one channel: float lanes over a block, the block into float64.
+// Sums of one channel: float lanes over a block, the block into float64. Two accumulators each hide
+// the latency; more would have to be loaded and stored for every short row.
 template <class S>
 struct Lanes {
-  typename S::V s[4] = {}, q[4] = {};
+  typename S::V s[2] = {}, q[2] = {};
   void drain(double& sum, double& square) const {
-    sum += S::sum((s[0] + s[1]) + (s[2] + s[3]));
-    square += S::sum((q[0] + q[1]) + (q[2] + q[3]));
+    sum += S::sum(s[0] + s[1]);
+    square += S::sum(q[0] + q[1]);
   }
 };
 
@@ -302,7 +311,7 @@ inline typename S::V gradient(const T* dy, typename S::V d, const T* r, const ui
   }
 }
 
-// step(i, n, s, q) adds elements [i, i + n) of a row to accumulators; four of them hide the latency.
+// step(i, n, s, q) adds elements [i, i + n) of a row to accumulators.
 // Where the order of elements is free, halves may be cheaper to load.
 template <bool Halves, class S, class Step>
 [[gnu::always_inline]] inline void accumulate_four(int64_t i, Lanes<S>& l, const Step& step) {
@@ -311,13 +320,13 @@ template <bool Halves, class S, class Step>
   if constexpr (Halves && requires { &S::template load_half<0>; }) {
     step(i, Half<0>{}, l.s[0], l.q[0]);
     step(i, Half<1>{}, l.s[1], l.q[1]);
-    step(i + 2 * W, Half<0>{}, l.s[2], l.q[2]);
-    step(i + 2 * W, Half<1>{}, l.s[3], l.q[3]);
+    step(i + 2 * W, Half<0>{}, l.s[0], l.q[0]);
+    step(i + 2 * W, Half<1>{}, l.s[1], l.q[1]);
   } else {
     step(i, full, l.s[0], l.q[0]);
     step(i + W, full, l.s[1], l.q[1]);
-    step(i + 2 * W, full, l.s[2], l.q[2]);
-    step(i + 3 * W, full, l.s[3], l.q[3]);
+    step(i + 2 * W, full, l.s[0], l.q[0]);
+    step(i + 3 * W, full, l.s[1], l.q[1]);
   }
 }
 // Elements [i, len), the last of a row.
@@ -329,8 +338,8 @@ template <bool Halves, class S, class Step>
   for (; i + 4 * W <= len; i += 4 * W) accumulate_four<Halves>(i, l, step);
   if (i + W <= len) { step(i, full, l.s[0], l.q[0]); i += W; }
   if (i + W <= len) { step(i, full, l.s[1], l.q[1]); i += W; }
-  if (i + W <= len) { step(i, full, l.s[2], l.q[2]); i += W; }
-  if (i < len) step(i, (int)(len - i), l.s[3], l.q[3]);
+  if (i + W <= len) { step(i, full, l.s[0], l.q[0]); i += W; }
+  if (i < len) step(i, (int)(len - i), l.s[1], l.q[1]);
 }
 // Rows of one channel, step_of(row) each. The accumulators are a copy, as nothing else may alias what
 // is to stay in registers.
