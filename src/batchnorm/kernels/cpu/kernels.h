@@ -40,8 +40,8 @@ constexpr int64_t ahead_bytes = 4096;       // how far ahead large inputs are as
 constexpr int64_t joined_rows = 8;          // planes: rows of a channel that are summed together,
 constexpr int64_t joined_elements = 1024;   // up to so many elements
 constexpr int64_t joined_run = 64;          // planes: shorter rows are written together, as columns are,
-constexpr int64_t joined_visits = 16;       // if there are so many to pay for their coefficients,
-constexpr int64_t joined_at_once = 4;       // which the shortest load once for so many rows
+constexpr int64_t joined_at_once = 4;       // so many rows with coefficients that are loaded once,
+constexpr int64_t joined_visits = 16;       // or longer rows, if there are so many to pay for theirs
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -390,7 +390,8 @@ struct JoinedRows {
                                           row_bytes % line_bytes);
     // Behind what is written up to the first line, the bits go on at a byte.
     const bool in_bytes = s.c * s.s % 8 == 0 && c0 * s.s % 8 == 0;
-    return few && (!gate || in_bytes) && c1 - c0 > 1 && k.rows >= joined_visits;
+    const int64_t least = s.s < joined_run ? joined_at_once : joined_visits;
+    return few && (!gate || in_bytes) && c1 - c0 > 1 && k.rows >= least;
   }
   JoinedRows(const Channel<C>* v, int64_t channels, int64_t s)
       : at_once(s < joined_run ? joined_at_once : 1) {
