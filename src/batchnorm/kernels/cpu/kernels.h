@@ -25,10 +25,10 @@ namespace batchnorm::BATCHNORM_ISA {
 constexpr int64_t block_elements = 4096;    // summed in float lanes before going to float64
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
-// Larger outputs go past the caches; of 16 bits much larger ones, as whoever reads smaller ones next
-// loses more than is saved.
+// Larger outputs go past the caches; of 16 bits those of so many times a core's own, as whoever reads
+// smaller ones next loses more than is saved.
 constexpr int64_t stream_bytes = 512 << 10;
-constexpr int64_t stream_short_bytes = 4 << 20;
+constexpr int64_t stream_short_caches = 2;
 constexpr int64_t line_bytes = 64;          // what goes past them does so in whole lines:
 constexpr int64_t stage_bytes = 8192;       // a piece of short rows is finished in L1 before
 constexpr int64_t long_row_bytes = 1024;    // and of longer rows few lines are shared by two
@@ -45,18 +45,20 @@ constexpr int64_t joined_visits = 16;       // or longer rows, if there are so m
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What one thread can read again before it leaves its own cache.
+// A core's own.
 inline int64_t cache_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #else
   static const int64_t l2 = 0;
 #endif
-  return (l2 > 0 ? l2 : 1 << 20) / 4 * 3;
+  return l2 > 0 ? l2 : 1 << 20;
 }
+// What one thread can read again before it leaves that.
+inline int64_t kept_bytes() { return cache_bytes() / 4 * 3; }
 
 inline bool is_large(const Shape& s, int64_t size) {
-  return s.numel() * size >= (size < 4 ? stream_short_bytes : stream_bytes);
+  return s.numel() * size >= (size < 4 ? stream_short_caches * cache_bytes() : stream_bytes);
 }
 // In elements: large inputs have left the cache since their sums were taken.
 inline int64_t in_order_ahead(const Shape& s, int64_t size) {
@@ -260,13 +262,13 @@ void drive_planes(const Problem& p, const Planes& planes, int64_t tensors, int64
   // inputs stay in cache until they are read again, and the next group's arrive meanwhile.
   const int64_t channel_bytes = s.count() * size * tensors;
   int64_t group = std::max<int64_t>(
-      1, std::min({cache_bytes() / 2 / std::max<int64_t>(channel_bytes, 1), stage_elements(size) / s.s,
+      1, std::min({kept_bytes() / 2 / std::max<int64_t>(channel_bytes, 1), stage_elements(size) / s.s,
                    group_channels, ceil_div(s.c, 2 * p.pool.threads)}));
   // Its rows start on lines, if they can.
   const int64_t unit = line_bytes / std::gcd(line_bytes, s.s * size);
   if (group > unit) group = group / unit * unit;
   // What is read ahead stays in L2 or in the cache behind it until its turn comes.
-  const bool stays = second && channel_bytes <= 4 * cache_bytes();
+  const bool stays = second && channel_bytes <= 4 * kept_bytes();
   parallel(p, ceil_div(s.c, group), [&](int64_t begin, int64_t end) {
     P total[group_channels];
     std::unique_ptr<P[]> parts(new P[planes.count * group_channels]);
@@ -611,7 +613,7 @@ void drive_columns(const Problem& p, const Columns& k, int64_t tensors, int64_t 
   // With few rows a narrow tile stays in cache for the second visit. With many it would not: their
   // distance is mostly a power of two, which puts them into a few sets of the cache. Then
   // everything is streamed twice, the second time backwards.
-  const int64_t fits = cache_bytes() / (std::max<int64_t>(k.rows, 1) * size * tensors);
+  const int64_t fits = kept_bytes() / (std::max<int64_t>(k.rows, 1) * size * tensors);
   const int64_t share = ceil_div(k.width, p.pool.threads);
   const int64_t narrow =
       whole_channels(std::min({fits, tile_columns, std::max<int64_t>(share, 64)}));
