@@ -37,11 +37,13 @@ LARGE = {
     "planes of chunks": ((2, 6, 260, 260), contiguous),
     "long planes": ((2, 3, 200_000), contiguous),
     "short rows": ((32, 40, 7, 7), contiguous),
+    "few short rows": ((6, 40, 7, 7), contiguous),
     "tiny rows": ((64, 48, 2, 2), contiguous),
     "channels last": ((8, 64, 28, 28), channels_last),
     "few channels last": ((16, 3, 64, 64), channels_last),
     "channels last 3d": ((4, 24, 5, 14, 14), channels_last),
     "two axes": ((4096, 256), contiguous),
+    "two axes in cache": ((400, 300), contiguous),
     "small": ((60, 100), contiguous),
 }
 SMALL = {
@@ -110,7 +112,8 @@ def test_bitwise_the_same_for_any_number_of_threads(name: str, residual: bool) -
             assert torch.equal(value, other[name]), name
 
 
-# Outputs of fewer bytes are never streamed; of more than 4 MB always.
+# Outputs of fewer bytes are never streamed; of more than 4 MB always, but where a core has a cache of
+# more than half of that.
 UNSTREAMED = 512 << 10
 # More than 4 MB in 16 bits: rows on lines of the cache and off them, long and short.
 STREAMED = {
@@ -119,6 +122,7 @@ STREAMED = {
     "long odd rows": ((32, 64, 37, 31), contiguous),
     "short rows": ((32, 360, 14, 14), contiguous),
     "joined rows": ((48, 1000, 7, 7), contiguous),
+    "few joined rows": ((7, 7000, 7, 7), contiguous),
     "joined rows off bytes": ((48, 1011, 7, 7), contiguous),
     "joined rows of two words": ((40, 1040, 9, 7), contiguous),
     "joined longer rows": ((32, 440, 13, 13), contiguous),
@@ -127,6 +131,8 @@ STREAMED = {
     "columns": ((16, 520, 17, 17), channels_last),
     "columns on lines": ((40, 1024, 8, 8), channels_last),
     "odd columns": ((5000, 601), contiguous),
+    "columns in cache": ((500, 4800), contiguous),
+    "odd columns in cache": ((500, 4811), contiguous),
 }
 
 
