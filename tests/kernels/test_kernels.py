@@ -112,8 +112,8 @@ def test_bitwise_the_same_for_any_number_of_threads(name: str, residual: bool) -
             assert torch.equal(value, other[name]), name
 
 
-# Outputs of fewer bytes are never streamed; of more than 4 MB always, but where a core has a cache of
-# more than half of that.
+# Outputs of fewer bytes are never streamed; of more than 4 MB always, but where a core has a cache
+# of more than half of that.
 UNSTREAMED = 512 << 10
 # More than 4 MB in 16 bits: rows on lines of the cache and off them, long and short.
 STREAMED = {
