@@ -40,8 +40,8 @@ constexpr int64_t ahead_bytes = 4096;       // how far ahead large inputs are as
 constexpr int64_t joined_rows = 8;          // planes: rows of a channel that are summed together,
 constexpr int64_t joined_elements = 1024;   // up to so many elements
 constexpr int64_t joined_run = 64;          // planes: shorter rows are written together, as columns are,
-constexpr int64_t joined_at_once = 4;       // so many rows with coefficients that are loaded once,
-constexpr int64_t joined_visits = 16;       // or longer rows, if there are so many to pay for theirs
+constexpr int64_t joined_at_once = 4;       // so many at a time, which load their coefficients once;
+constexpr int64_t joined_visits = 16;       // longer ones if there are so many to pay for theirs
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -404,7 +404,7 @@ struct JoinedRows {
   }
   Coefficients<C> coefficients() const { return {data[0], data[1], data[2], data[3], data[4]}; }
   alignas(64) C data[5][stage_elements(sizeof(T)) + 16];  // the last vector is read whole
-  static constexpr int64_t gate_bytes = stage_elements(sizeof(T)) / 8 + 8;  // and the last bits by the word
+  static constexpr int64_t gate_bytes = stage_elements(sizeof(T)) / 8 + 8;  // the last by the word
   uint8_t gate[joined_at_once][gate_bytes];
   const int64_t at_once;
 };
@@ -814,7 +814,8 @@ inline Moments pool_columns(const Columns& k, int64_t j, int64_t j1, const doubl
 }
 
 // Calls run(offset, row, rows, len, out, past) for the rows of a chunk, and streams what it writes when
-// asked. Several at a time where they are in cache, which is not read in order then, or fit the stage.
+// asked: several at a time where they are in cache already, as memory is best read in order, or where
+// they fit the stage.
 template <class T, class Run>
 void column_pieces(const Columns& k, int64_t j0, int64_t j1, int64_t chunk, bool cached, bool stream,
                    bool gate, const Outputs<T>& outputs, Run run) {

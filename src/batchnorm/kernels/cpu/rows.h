@@ -217,14 +217,13 @@ template <class T, bool Gate, class Value, class Next>
   each_vector<W>(begin, len, ordinary);
 }
 
-
 // Rows of `len` elements, ld apart, and their gates.
 struct Rows {
   int64_t count, len, ld, gate_ld;
 };
 
-// The same for rows: value_of(row)(i, n, coefficients), next(row, i, n). The
-// coefficients of four vectors of columns stay in registers for all rows.
+// The same for rows: value_of(row)(i, n, coefficients), next(row, i, n). The coefficients of four
+// vectors of columns stay in registers for all rows.
 template <class T, bool Gate, class ValueOf, class Next>
 [[gnu::always_inline]] inline void write_rows(T* first, T* second, uint8_t* gate, const Rows& k,
                                               bool past, const OfColumns<Simd<T>>& of,
@@ -311,8 +310,8 @@ inline typename S::V gradient(const T* dy, typename S::V d, const T* r, const ui
   }
 }
 
-// step(i, n, s, q) adds elements [i, i + n) of a row to accumulators.
-// Where the order of elements is free, halves may be cheaper to load.
+// step(i, n, s, q) adds elements [i, i + n) of a row to accumulators. Where the order of elements is
+// free, halves may be cheaper to load.
 template <bool Halves, class S, class Step>
 [[gnu::always_inline]] inline void accumulate_four(int64_t i, Lanes<S>& l, const Step& step) {
   constexpr int W = S::W;
