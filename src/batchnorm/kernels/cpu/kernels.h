@@ -25,8 +25,8 @@ namespace batchnorm::BATCHNORM_ISA {
 constexpr int64_t block_elements = 4096;    // summed in float lanes before going to float64
 constexpr int64_t block_rows = 128;         // the same in columns, where a lane is a channel
 constexpr int64_t chunk_elements = 65536;   // planes: the unit of work inside a channel
-// Larger outputs go past the caches; of 16 bits those of so many times a core's own, as whoever reads
-// smaller ones next loses more than is saved.
+// Larger outputs go past the caches; of 16 bits those of so many times what a core has for itself, as
+// whoever reads smaller ones next loses more than is saved.
 constexpr int64_t stream_bytes = 512 << 10;
 constexpr int64_t stream_short_caches = 2;
 constexpr int64_t line_bytes = 64;          // what goes past them does so in whole lines:
@@ -45,7 +45,7 @@ constexpr int64_t joined_visits = 16;       // longer ones if there are so many 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A core's own.
+// What a core has for itself.
 inline int64_t cache_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);

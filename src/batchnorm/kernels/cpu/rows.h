@@ -44,27 +44,15 @@ struct Coefficients {
   const C *m, *a, *b, *k, *c;
 };
 
-// The coefficients as vectors,
+// The coefficients as vectors: of one channel, or of the columns from i on.
 template <class S>
 struct Held {
+  explicit Held(const Channel<typename S::C>& v)
+      : m(S::set(v.m)), a(S::set(v.a)), b(S::set(v.b)), k(S::set(v.k)), c(S::set(v.c)) {}
+  Held(const Coefficients<typename S::C>& p, int64_t i)
+      : m(S::load_c(p.m + i)), a(S::load_c(p.a + i)), b(S::load_c(p.b + i)), k(S::load_c(p.k + i)),
+        c(S::load_c(p.c + i)) {}
   typename S::V m, a, b, k, c;
-};
-// of one channel, the same for every element, or of the columns from i on.
-template <class S>
-struct OfChannel {
-  explicit OfChannel(const Channel<typename S::C>& v)
-      : held{S::set(v.m), S::set(v.a), S::set(v.b), S::set(v.k), S::set(v.c)} {}
-  const Held<S>& at(int64_t) const { return held; }
-  Held<S> held;
-};
-template <class S>
-struct OfColumns {
-  explicit OfColumns(const Coefficients<typename S::C>& p) : p(p) {}
-  Held<S> at(int64_t i) const {
-    return {S::load_c(p.m + i), S::load_c(p.a + i), S::load_c(p.b + i), S::load_c(p.k + i),
-            S::load_c(p.c + i)};
-  }
-  const Coefficients<typename S::C>& p;
 };
 
 inline void store_bits(uint8_t* gate, int64_t i, uint32_t bits, int n) {
@@ -165,10 +153,27 @@ inline T* moved(T* p, int64_t by) { return p ? p + by : p; }
 template <class V>
 struct Written { V first, second; uint32_t bits; };
 
-// Writes value(i, n) where first and second are not null (the branch is the same for every element),
-// past the caches if asked to; a line that two runs share is written in the ordinary way by both.
-// By four vectors: the bits of each, stored one after another between the lines of the output, take
-// as long as the rest. next(i, n) asks for what comes after elements [i, i + n): a few lines at a time,
+// Writes four vectors where first and second are not null (the branch is the same for every element).
+// The bits of each, stored one after another between the lines of the output, take as long as the rest.
+template <class S, bool Gate, class T>
+[[gnu::always_inline]] inline void write_four(T* first, T* second, uint8_t* gate, bool past,
+                                              const Written<typename S::V> (&v)[4]) {
+  auto write = [&](auto p) __attribute__((always_inline)) {
+    constexpr bool Past = decltype(p)::value;
+    if (second) store_four<S, Past>(second, v[0].second, v[1].second, v[2].second, v[3].second);
+    if (first) store_four<S, Past>(first, v[0].first, v[1].first, v[2].first, v[3].first);
+  };
+  if (past) write(std::true_type{});
+  else write(std::false_type{});
+  if constexpr (Gate) {
+    uint64_t bits = 0;
+    for (int u = 0; u < 4; ++u) bits |= (uint64_t)v[u].bits << (u * S::W);
+    std::memcpy(gate, &bits, S::W / 2);  // little-endian, as every target here
+  }
+}
+
+// Writes value(i, n), past the caches if asked to; a line that two runs share is written in the
+// ordinary way by both. next(i, n) asks for what comes after elements [i, i + n): a few lines at a time,
 // as the processor waits where many are asked for at once.
 template <class T, bool Gate, class Value, class Next>
 [[gnu::always_inline]] inline void write_run(T* first, T* second, uint8_t* gate, int64_t len, bool past,
@@ -191,19 +196,7 @@ template <class T, bool Gate, class Value, class Next>
     next(begin, 4 * W);
     const Written<typename S::V> v[] = {value(begin, full), value(begin + W, full),
                                         value(begin + 2 * W, full), value(begin + 3 * W, full)};
-    auto write = [&](auto p) __attribute__((always_inline)) {
-      constexpr bool Past = decltype(p)::value;
-      if (second)
-        store_four<S, Past>(second + begin, v[0].second, v[1].second, v[2].second, v[3].second);
-      if (first) store_four<S, Past>(first + begin, v[0].first, v[1].first, v[2].first, v[3].first);
-    };
-    if (past) write(std::true_type{});
-    else write(std::false_type{});
-    if constexpr (Gate) {
-      uint64_t bits = 0;
-      for (int u = 0; u < 4; ++u) bits |= (uint64_t)v[u].bits << (u * W);
-      std::memcpy(gate + begin / 8, &bits, W / 2);  // little-endian, as every target here
-    }
+    write_four<S, Gate>(moved(first, begin), moved(second, begin), moved(gate, begin / 8), past, v);
   }
   next(begin, len - begin);
   if (past)
@@ -226,7 +219,7 @@ struct Rows {
 // vectors of columns stay in registers for all rows.
 template <class T, bool Gate, class ValueOf, class Next>
 [[gnu::always_inline]] inline void write_rows(T* first, T* second, uint8_t* gate, const Rows& k,
-                                              bool past, const OfColumns<Simd<T>>& of,
+                                              bool past, const Coefficients<typename Simd<T>::C>& p,
                                               ValueOf value_of, Next next) {
   using S = Simd<T>;
   constexpr int W = S::W;
@@ -235,8 +228,7 @@ template <class T, bool Gate, class ValueOf, class Next>
   int64_t begin = 0;
   if (k.count > 1 && (!past || starts % 64 == 0))
     for (; begin + 4 * W <= k.len; begin += 4 * W) {
-      const Held<S> held[] = {of.at(begin), of.at(begin + W), of.at(begin + 2 * W),
-                              of.at(begin + 3 * W)};
+      const Held<S> held[] = {{p, begin}, {p, begin + W}, {p, begin + 2 * W}, {p, begin + 3 * W}};
       for (int64_t row = 0; row < k.count; ++row) {
         const int64_t o = row * k.ld + begin;
         const auto value = value_of(row);
@@ -244,20 +236,8 @@ template <class T, bool Gate, class ValueOf, class Next>
         const Written<typename S::V> v[] = {
             value(begin, full, held[0]), value(begin + W, full, held[1]),
             value(begin + 2 * W, full, held[2]), value(begin + 3 * W, full, held[3])};
-        auto write = [&](auto p) __attribute__((always_inline)) {
-          constexpr bool Past = decltype(p)::value;
-          if (second)
-            store_four<S, Past>(second + o, v[0].second, v[1].second, v[2].second, v[3].second);
-          if (first)
-            store_four<S, Past>(first + o, v[0].first, v[1].first, v[2].first, v[3].first);
-        };
-        if (past) write(std::true_type{});
-        else write(std::false_type{});
-        if constexpr (Gate) {
-          uint64_t bits = 0;
-          for (int u = 0; u < 4; ++u) bits |= (uint64_t)v[u].bits << (u * W);
-          std::memcpy(gate + row * k.gate_ld + begin / 8, &bits, W / 2);
-        }
+        write_four<S, Gate>(moved(first, o), moved(second, o),
+                            moved(gate, row * k.gate_ld + begin / 8), past, v);
       }
     }
   if (begin < k.len)
@@ -268,7 +248,7 @@ template <class T, bool Gate, class ValueOf, class Next>
           moved(first, o), moved(second, o), moved(gate, row * k.gate_ld + begin / 8), k.len - begin,
           past,
           [&](int64_t i, auto n) __attribute__((always_inline)) {
-            return value(begin + i, n, of.at(begin + i));
+            return value(begin + i, n, Held<S>(p, begin + i));
           },
           [&](int64_t i, int64_t n) __attribute__((always_inline)) { next(row, begin + i, n); });
     }
@@ -384,11 +364,10 @@ template <class T, Activation A, Preactivation P>
 inline void sums_run(const T* dy, const T* x, const T* r, const uint8_t* gate, int64_t rows,
                      int64_t ld, int64_t gate_ld, int64_t len,
                      const Channel<typename Simd<T>::C>& channel, Lanes<Simd<T>>& lanes) {
-  const OfChannel<Simd<T>> of(channel);
+  const Held<Simd<T>> of(channel);
   accumulate<any_order<P>>(rows, len, lanes, [&](int64_t row) {
     const int64_t o = row * ld;
-    return sums_step<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, row * gate_ld), of.held,
-                              channel.m);
+    return sums_step<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, row * gate_ld), of, channel.m);
   });
 }
 
@@ -451,7 +430,7 @@ template <class T, Activation A, Preactivation P>
 // Also: `run` is one of several that are written together, each with the sums of one further on.
 template <class T, Activation A, bool Residual, bool Gate, bool Also>
 [[gnu::always_inline]] inline void normalize_run(const T* x, const T* r, T* y, uint8_t* gate,
-                                                 int64_t len, const OfChannel<Simd<T>>& of,
+                                                 int64_t len, const Held<Simd<T>>& of,
                                                  const Following<Simd<T>>& f, int64_t run,
                                                  bool past) {
   using S = Simd<T>;
@@ -463,7 +442,7 @@ template <class T, Activation A, bool Residual, bool Gate, bool Also>
   int64_t at = 0;
   const auto value = normalized<T, A, Residual>(x, r);
   write_run<T, Gate>(y, (T*)nullptr, gate, len, past, [&](int64_t i, auto n) __attribute__((always_inline)) {
-    return value(i, n, of.held);
+    return value(i, n, of);
   }, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     if (ahead) {
       fetch(x + i + by + ahead, n * sizeof(T));
@@ -477,21 +456,21 @@ template <class T, Activation A, bool Residual, bool Gate, bool Also>
 template <class T, Activation A, Preactivation P, bool Also>
 [[gnu::always_inline]] inline void apply_run(const T* dy, const T* x, const T* r, const uint8_t* gate,
                                              T* dx, T* dz, int64_t len,
-                                             const OfChannel<Simd<T>>& of,
+                                             const Held<Simd<T>>& of,
                                              const Following<Simd<T>>& f, int64_t run, bool past) {
   using S = Simd<T>;
   const bool also = Also && run < f.count;
   const int64_t ahead = f.ahead, by = f.by;
   const Channel<typename S::C> channel = also ? f.channels[run] : Channel<typename S::C>{};
-  const OfChannel<S> next(channel);
-  const auto step = sums_step<T, A, P>(dy + by, x + by, moved(r, by), moved(gate, f.gate_by),
-                                       next.held, channel.m);
+  const Held<S> next(channel);
+  const auto step = sums_step<T, A, P>(dy + by, x + by, moved(r, by), moved(gate, f.gate_by), next,
+                                       channel.m);
   Lanes<S> lanes;
   if (also) lanes = f.lanes[run];
   int64_t at = 0;
   const auto value = gradients<T, A, P>(dy, x, r, gate);
   write_run<T, false>(dx, dz, nullptr, len, past, [&](int64_t i, auto n) __attribute__((always_inline)) {
-    return value(i, n, of.held);
+    return value(i, n, of);
   }, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     if (ahead) {
       fetch(x + i + by + ahead, n * sizeof(T));
@@ -542,10 +521,9 @@ void sums_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, int6
                   Coefficients<typename Simd<T>::C> p,
                   typename Simd<T>::C* s, typename Simd<T>::C* q) {
   using S = Simd<T>;
-  const OfColumns<S> of(p);
   accumulate_columns<4, S>(rows, width, s, q, [&](int64_t row, int64_t j, auto n, auto& vs, auto& vq) {
     const int64_t o = row * ld;
-    const auto held = of.at(j);
+    const Held<S> held(p, j);
     const auto d = load<S>(x + o + j, n) - held.m;
     const auto dz =
         gradient<S, A, P>(dy + o, d, moved(r, o), moved(gate, row * gate_ld), held, j, n);
@@ -577,13 +555,13 @@ struct ForwardLoops {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
       normalize_run<T, A, Residual, Gate, is_light<T, A>>(x + o, moved(r, o), y + o,
                                                           moved(gate, c * gate_row), len,
-                                                          OfChannel<S>(channels[c]), f, c, past);
+                                                          Held<S>(channels[c]), f, c, past);
   }
   template <Activation A, bool Residual, bool Gate>
   static void in_columns(const T* x, const T* r, T* y, uint8_t* gate, const Rows& k,
                          Coefficients<C> p, int64_t ahead, bool past) {
     write_rows<T, Gate>(
-        y, (T*)nullptr, gate, k, past, OfColumns<S>(p),
+        y, (T*)nullptr, gate, k, past, p,
         [&](int64_t row) { return normalized<T, A, Residual>(x + row * k.ld, moved(r, row * k.ld)); },
         [&](int64_t row, int64_t i, int64_t n) __attribute__((always_inline)) {
           if (!ahead) return;
@@ -637,13 +615,13 @@ struct BackwardLoops {
     for (int64_t c = 0, o = 0; c < runs; ++c, o += len)
       apply_run<T, A, P, takes_sums<A, P>>(dy + o, x + o, moved(r, o), moved(gate, c * gate_row),
                                            moved(dx, o), moved(dz, o), len,
-                                           OfChannel<S>(channels[c]), f, c, past);
+                                           Held<S>(channels[c]), f, c, past);
   }
   template <Activation A, Preactivation P>
   static void in_columns(const T* dy, const T* x, const T* r, const uint8_t* gate, T* dx, T* dz,
                          const Rows& k, Coefficients<C> p, int64_t ahead, bool past) {
     write_rows<T, false>(
-        dx, dz, nullptr, k, past, OfColumns<S>(p),
+        dx, dz, nullptr, k, past, p,
         [&](int64_t row) {
           const int64_t o = row * k.ld;
           return gradients<T, A, P>(dy + o, x + o, moved(r, o), moved(gate, row * k.gate_ld));
